@@ -6,9 +6,7 @@ name; a size that is missing is named. Nothing is guessed from a folder's name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from llama3np.errors import InputError
 

@@ -1,1 +1,1 @@
-"""kernels"""
+"""How a stored weight multiplies."""

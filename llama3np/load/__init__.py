@@ -1,1 +1,1 @@
-"""load"""
+"""Checkpoints of every format."""

@@ -1,1 +1,1 @@
-"""tokenizer"""
+"""Tokenizers: text to token ids and back."""

@@ -1,0 +1,133 @@
+"""The key/value cache: preallocated, one length per row, the one object that owns memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llama3np.backend import namespace
+from llama3np.errors import InputError
+
+
+class Window(NamedTuple):
+    """Where the tokens of one call go: made by Cache.window, used by every layer of that call."""
+
+    positions_BT: Any  # position of every token; padding counts on past its row's end
+    rows_M: Any  # row b and
+    columns_M: Any  # column t of every real token, M of them, and
+    slots_M: Any  # its slot in the cache
+    last: Any  # index of every row's last real token, as (B, 1) positions in a (B, T, ...) array
+    new_B: np.ndarray  # real tokens of each row
+    size: int  # S: slots that some query of the call may see
+
+
+class Cache:
+    """Keys and values of the tokens seen so far, by layer, row and key/value head.
+
+    k, v: a list of L arrays k_BKSH, v_BKSH with S = max_seq_len slots.
+    lengths_B: host integers, the tokens that each row holds. Slots from there on hold nothing
+    yet, or a trimmed past: they are finite, never seen, and overwritten.
+    """
+
+    def __init__(self, k: list[Any], v: list[Any], lengths_B: np.ndarray):
+        self.k, self.v, self.lengths_B = k, v, lengths_B
+
+    @property
+    def batch(self) -> int:
+        """B, the rows."""
+        return self.k[0].shape[0]
+
+    @property
+    def max_seq_len(self) -> int:
+        """S, the tokens a row can hold."""
+        return self.k[0].shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved for keys and values (an operating system may count them as used later)."""
+        return sum(array.nbytes for array in (*self.k, *self.v))
+
+    # ---- what a forward pass does -------------------------------------------------------------
+
+    def window(self, shape_BT: tuple[int, int], new_B: Any = None) -> Window:
+        """Place T tokens in each row, of which the first new_B[b] are real (all, if not given).
+
+        Raises InputError, before anything changes, if a row would not fit.
+        """
+        (B, T), xp = shape_BT, namespace(self.k[0])
+        if self.batch != B:
+            raise InputError(f"cache: expected {self.batch} rows of token ids, found {B}")
+        new_B = np.full(B, T) if new_B is None else np.asarray(new_B)
+        if new_B.shape != (B,) or (new_B < 0).any() or (new_B > T).any():
+            raise InputError(f"cache: expected {B} counts from 0 to {T}, found {new_B.tolist()}")
+        ends_B = self.lengths_B + new_B
+        if (ends_B > self.max_seq_len).any():
+            b = int(ends_B.argmax())
+            raise InputError(
+                f"cache: row {b} holds {self.lengths_B[b]} tokens and {new_B[b]} more do not fit "
+                f"into max_seq_len {self.max_seq_len}"
+            )
+        positions_BT = self.lengths_B[:, None] + np.arange(T)
+        rows_M, columns_M = np.nonzero(np.arange(T) < new_B[:, None])
+        return Window(
+            positions_BT=xp.asarray(positions_BT),
+            rows_M=xp.asarray(rows_M),
+            columns_M=xp.asarray(columns_M),
+            slots_M=xp.asarray(positions_BT[rows_M, columns_M]),
+            last=(xp.arange(B)[:, None], xp.asarray(new_B - 1)[:, None]),
+            new_B=new_B,
+            size=max(int(ends_B.max()), 1),
+        )
+
+    def write(self, layer: int, window: Window, k_BTKH: Any, v_BTKH: Any) -> tuple[Any, Any]:
+        """Store the real tokens of one layer; return views k_BKSH, v_BKSH of the slots in use."""
+        rows_M, columns_M, slots_M = window.rows_M, window.columns_M, window.slots_M
+        for array_BKSH, new_BTKH in ((self.k[layer], k_BTKH), (self.v[layer], v_BTKH)):
+            array_BKSH[rows_M, :, slots_M] = new_BTKH[rows_M, columns_M]
+        return self.k[layer][:, :, : window.size], self.v[layer][:, :, : window.size]
+
+    def advance(self, window: Window) -> None:
+        """Count the tokens of a finished call; a call that was broken off leaves no trace."""
+        self.lengths_B = self.lengths_B + window.new_B
+
+    # ---- what a caller does -------------------------------------------------------------------
+
+    def trim(self, lengths: int | Sequence[int] | np.ndarray) -> Cache:
+        """Forget every token from a length on: one length for all rows, or one for each row."""
+        lengths_B = np.broadcast_to(np.asarray(lengths), (self.batch,)).copy()
+        if (lengths_B < 0).any() or (lengths_B > self.lengths_B).any():
+            raise InputError(
+                f"cache: expected lengths from 0 to {self.lengths_B} to trim to, found {lengths_B}"
+            )
+        self.lengths_B = lengths_B
+        return self
+
+    def reset(self) -> Cache:
+        """Forget everything; the memory is kept."""
+        return self.trim(0)
+
+    def fork(self, rows: Sequence[int] | None = None) -> Cache:
+        """Copy the given rows (all, if not given; one may be given twice) into a new cache."""
+        chosen = np.arange(self.batch) if rows is None else np.asarray(rows, dtype=int)
+        if chosen.size == 0 or (chosen < 0).any() or (chosen >= self.batch).any():
+            raise InputError(f"cache: expected rows from 0 to {self.batch - 1}, found {rows}")
+        k, v = ([array[chosen] for array in arrays] for arrays in (self.k, self.v))
+        return Cache(k, v, self.lengths_B[chosen])
+
+
+def new_cache(
+    config: Any, batch: int, max_seq_len: int, dtype: Any = "float32", xp: Any = np
+) -> Cache:
+    """Return an empty cache for a batch of rows of at most max_seq_len tokens each.
+
+    Zeros, not uninitialised memory: a masked slot has probability 0, and 0 * NaN would be NaN.
+    Untouched pages of zeros cost nothing until they are written. Raises InputError for a batch
+    or length below 1.
+    """
+    if batch < 1 or max_seq_len < 1:
+        raise InputError(f"cache: expected batch and length >= 1, found {batch} and {max_seq_len}")
+    shape = (batch, config.n_kv_heads, max_seq_len, config.head_dim)
+    k, v = ([xp.zeros(shape, dtype) for _ in range(config.n_layers)] for _ in "kv")
+    return Cache(k, v, np.zeros(batch, dtype=np.int64))
