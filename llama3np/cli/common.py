@@ -1,0 +1,140 @@
+"""What the commands share: options, loading with a progress bar, and timing."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from llama3np.errors import InputError
+from llama3np.llm import Llama, Step, load
+from llama3np.numerics import PROFILES
+
+
+def load_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of loading."""
+    parser.add_argument("--device", default="cpu", metavar="cpu", help="where to compute")
+    parser.add_argument("--dtype", default="float32", choices=PROFILES, help="precision profile")
+    parser.add_argument("--max-seq-len", type=int, metavar="N", help="prompt + new tokens at most")
+
+
+def sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of generation."""
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="256 or what fits")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K")
+    parser.add_argument("--seed", type=int, metavar="S")
+    parser.add_argument("--logprobs", action="store_true", help="with --json")
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of Llama.stream that the command line gave."""
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "logprobs")
+    return {name: getattr(args, name) for name in names}
+
+
+def load_model(args: argparse.Namespace) -> tuple[Llama, float]:
+    """Load MODEL, with a bar if a person is watching; return it and the seconds it took."""
+    start = time.perf_counter()
+    with progress_bar() as progress:
+        llm = load(
+            args.model,
+            device=args.device,
+            dtype=args.dtype,
+            max_seq_len=args.max_seq_len,
+            progress=progress,
+        )
+    return llm, time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Any]:
+    """Yield progress(done, total, name) for `load`: a bar on a terminal, None into a pipe."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[n]}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", n="")
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, n=name)
+
+
+class Timed:
+    """Steps as they come, with the clock: the first step ends prefill, the others are decode."""
+
+    def __init__(self, steps: Iterable[Step]):
+        self._steps = steps
+        self.steps: list[Step] = []
+        self.prefill_s = self.decode_s = 0.0
+
+    def __iter__(self) -> Iterator[Step]:
+        start = time.perf_counter()
+        for step in self._steps:
+            self.steps.append(step)
+            elapsed = time.perf_counter() - start
+            if len(self.steps) == 1:
+                self.prefill_s = elapsed
+            self.decode_s = elapsed - self.prefill_s
+            yield step
+
+    def result(self, prompt_ids: list[int], load_s: float) -> dict[str, Any]:
+        """What --json prints. finish_reason is "interrupted" if the last step did not come."""
+        last = self.steps[-1].finish_reason if self.steps else "length"
+        logprobs = [step.logprob for step in self.steps if step.logprob is not None]
+        return {
+            "prompt_ids": prompt_ids,
+            "ids": [step.id for step in self.steps],
+            "text": "".join(step.text for step in self.steps),
+            "finish_reason": last or "interrupted",
+            **({"logprobs": logprobs} if logprobs else {}),
+            "timings": {
+                "load_s": round(load_s, 4),
+                "prefill_s": round(self.prefill_s, 4),
+                "prefill_tokens": len(prompt_ids),
+                "decode_s": round(self.decode_s, 4),
+                "decode_tokens": max(len(self.steps) - 1, 0),
+            },
+        }
+
+
+def show(timed: Timed, prompt_ids: list[int], load_s: float, as_json: bool) -> None:
+    """Print the text as it comes, or one JSON object at the end; Ctrl-C keeps what there is."""
+    try:
+        for step in timed:
+            if not as_json:
+                print(step.text, end="", flush=True)
+    finally:
+        result = timed.result(prompt_ids, load_s)
+        print(json.dumps(result) if as_json else "", flush=True)
+        if not as_json and sys.stderr.isatty():
+            print(summary(result["timings"]), file=sys.stderr)
+
+
+def summary(timings: dict[str, Any]) -> str:
+    """One line on how long it took."""
+    text = f"[loaded in {timings['load_s']:.2f} s; {timings['prefill_tokens']} prompt tokens in "
+    text += f"{timings['prefill_s']:.2f} s"
+    if timings["decode_s"] > 0:
+        text += f"; {timings['decode_tokens'] / timings['decode_s']:.1f} tokens/s"
+    return text + "]"
+
+
+def parse_ids(text: str) -> list[int]:
+    """Token ids from "1,2,3"; raises InputError naming what is not a number."""
+    ids = []
+    for part in text.split(","):
+        try:
+            ids.append(int(part))
+        except ValueError:
+            raise InputError(
+                f"--prompt-ids: expected numbers such as 1,2,3, found {part!r}"
+            ) from None
+    return ids

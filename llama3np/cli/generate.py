@@ -1,0 +1,47 @@
+"""Continue a prompt; the text streams as it is made."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from llama3np.cli import common
+from llama3np.errors import InputError
+from llama3np.llm import Llama
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    parser.add_argument(
+        "prompt", nargs="?", metavar="PROMPT", help="a text; - reads standard input"
+    )
+    parser.add_argument("--prompt-ids", metavar="1,2,3", help="token ids in place of PROMPT")
+    parser.add_argument("--chat", action="store_true", help="PROMPT is a message to answer")
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
+    common.sampling_arguments(parser)
+    common.load_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load, continue, print."""
+    if (args.prompt is None) == (args.prompt_ids is None):
+        raise InputError("generate: expected either PROMPT or --prompt-ids")
+    if args.system is not None and not args.chat:
+        raise InputError("generate: --system needs --chat")
+    llm, load_s = common.load_model(args)
+    prompt_ids = ids_of(args, llm)
+    timed = common.Timed(llm.stream(prompt_ids, **common.sampling_options(args)))
+    common.show(timed, prompt_ids, load_s, args.json)
+
+
+def ids_of(args: argparse.Namespace, llm: Llama) -> list[int]:
+    """The prompt as token ids, from whichever form it was given in."""
+    if args.prompt_ids is not None:
+        return llm.encode(common.parse_ids(args.prompt_ids))
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not args.chat:
+        return llm.encode(text)
+    from llama3np.chat import chat_ids
+
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    return chat_ids(llm.tokenizer, [*system, {"role": "user", "content": text}])

@@ -1,0 +1,104 @@
+"""Generation: prefill, then one token at a time for every row that is still running."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llama3np.cache import Cache
+from llama3np.errors import InputError
+from llama3np.sample import Sampling, choose, log_softmax
+
+# Tokens of a row in one call. It bounds the scores, N x CHUNK x S, and the logits when scoring.
+CHUNK = 256
+
+# (ids_BT, cache, new_B, last_only) -> logits on the host; the cache is advanced.
+Forward = Callable[[np.ndarray, Cache, np.ndarray, bool], np.ndarray]
+
+
+class Token(NamedTuple):
+    """One new token of one row."""
+
+    row: int
+    id: int
+    logprob: float | None  # under the model itself, before temperature, top-k and top-p
+    finish_reason: str | None  # "stop" (this id is a stop id), "length", or None: more follow
+
+
+def pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of different lengths as (ids_BT, lengths_B), padded on the right with id 0."""
+    lengths_B = np.array([len(ids) for ids in prompts])
+    ids_BT = np.zeros((len(prompts), lengths_B.max(initial=0)), dtype=np.int64)
+    for row, ids in zip(ids_BT, prompts, strict=True):
+        row[: len(ids)] = ids
+    return ids_BT, lengths_B
+
+
+def chunks(
+    forward: Forward, cache: Cache, prompts: Sequence[Sequence[int]], last_only: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Feed the prompts CHUNK columns at a time; yield (logits_BTV, start_B, new_B) of each."""
+    ids_BT, lengths_B = pad(prompts)
+    for start in range(0, ids_BT.shape[1], CHUNK):
+        part_BT = ids_BT[:, start : start + CHUNK]
+        new_B = np.clip(lengths_B - start, 0, part_BT.shape[1])
+        yield forward(part_BT, cache, new_B, last_only), lengths_B - start, new_B
+
+
+def prefill(forward: Forward, cache: Cache, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    """Feed the prompts, a list of ids for each row; return logits_BV after each row's last id."""
+    logits_BV: Any = None
+    for logits_B1V, left_B, new_B in chunks(forward, cache, prompts, last_only=True):
+        logits_BV = np.empty_like(logits_B1V[:, 0]) if logits_BV is None else logits_BV
+        ends_here = (left_B > 0) & (left_B == new_B)
+        logits_BV[ends_here] = logits_B1V[ends_here, 0]
+    return logits_BV
+
+
+def generate(
+    forward: Forward,
+    cache: Cache,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: Collection[int],
+    logprobs: bool = False,
+) -> Iterator[list[Token]]:
+    """Yield, step by step, the new token of every row that is still running.
+
+    A row ends with its first stop id (which is yielded) or its max_new_tokens-th token; the other
+    rows are not touched by that. The last token of a row has been chosen but not fed.
+    """
+    generators = [sampling.generator(row) for row in range(len(prompts))]
+    logits_BV = prefill(forward, cache, prompts)
+    running = list(range(len(prompts)))
+    for count in range(1, max_new_tokens + 1):
+        tokens = []
+        for row in running:
+            id = choose(logits_BV[row], sampling, generators[row])
+            logprob = float(log_softmax(logits_BV[row])[id]) if logprobs else None
+            last = "length" if count == max_new_tokens else None
+            tokens.append(Token(row, id, logprob, "stop" if id in stop_ids else last))
+        yield tokens
+        running = [token.row for token in tokens if token.finish_reason is None]
+        if not running:
+            return
+        ids_B1 = np.zeros((len(prompts), 1), dtype=np.int64)
+        ids_B1[running, 0] = [token.id for token in tokens if token.finish_reason is None]
+        new_B = np.isin(np.arange(len(prompts)), running).astype(np.int64)
+        logits_BV = forward(ids_B1, cache, new_B, True)[:, 0]
+
+
+def score(forward: Forward, cache: Cache, ids: Sequence[int]) -> np.ndarray:
+    """The log-probability (natural, float64) of each id after the first, given those before it."""
+    if len(ids) < 2:
+        raise InputError(f"score: expected at least 2 token ids, found {len(ids)}")
+    parts, start = [], 0
+    for logits_1TV, _, _ in chunks(forward, cache, [ids[:-1]], last_only=False):
+        T = logits_1TV.shape[1]
+        targets_T = np.asarray(ids[start + 1 : start + 1 + T])
+        parts.append(log_softmax(logits_1TV[0])[np.arange(T), targets_T])
+        start += T
+    return np.concatenate(parts)

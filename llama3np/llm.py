@@ -1,0 +1,299 @@
+"""The object a user holds: a checkpoint ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llama3np import generate as generation
+from llama3np.cache import Cache, new_cache
+from llama3np.config import Config
+from llama3np.errors import InputError
+from llama3np.kernels import stored
+from llama3np.model import forward
+from llama3np.numerics import profile
+from llama3np.params import Params, check
+from llama3np.sample import Sampling
+
+DEFAULT_CONTEXT = 8192  # a cache for the 131,072 positions of Llama 3.1 would be 16 GB
+DEFAULT_NEW_TOKENS = 256
+
+Prompt = str | Sequence[int]
+
+
+class Completion(NamedTuple):
+    """What generate returns for one prompt."""
+
+    ids: list[int]  # the new ids, a final stop id included
+    text: str  # their text, without control tokens
+    logprobs: list[float] | None  # natural log, one for each id, if asked for
+    finish_reason: str  # "stop" or "length"
+
+
+class Step(NamedTuple):
+    """What stream yields for each new token."""
+
+    id: int
+    text: str  # whole characters only; may be empty. The pieces join to Completion.text
+    logprob: float | None
+    finish_reason: str | None  # None while more follows
+
+
+class Llama:
+    """A model, its tokenizer and how to compute: what `load` returns."""
+
+    def __init__(
+        self,
+        config: Config,
+        params: Params,
+        tokenizer: Any = None,
+        *,
+        stop_ids: Sequence[int] = (),
+        dtype: str = "float32",
+        max_seq_len: int | None = None,
+        layout: str = "arrays",
+    ):
+        check(params, config)
+        self.config, self.tokenizer, self.layout = config, tokenizer, layout
+        self.params = stored(params)
+        self.profile = profile(dtype)
+        self.stop_ids = frozenset(stop_ids)
+        self.max_seq_len = max_seq_len or min(config.context_length, DEFAULT_CONTEXT)
+        if self.max_seq_len < 1:
+            raise InputError(f"max_seq_len: expected 1 or more, found {max_seq_len}")
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"Llama({self.layout}: {c.n_layers} layers, width {c.dim}, {c.n_heads} query and "
+            f"{c.n_kv_heads} key/value heads, vocabulary {c.vocab_size}, {self.profile.name})"
+        )
+
+    # ---- the model ----------------------------------------------------------------------------
+
+    def new_cache(self, batch: int = 1, max_seq_len: int | None = None) -> Cache:
+        """An empty cache for `batch` rows of at most max_seq_len tokens (the model's, if None)."""
+        length = self.max_seq_len if max_seq_len is None else max_seq_len
+        return new_cache(self.config, batch, length, self.profile.dtype)
+
+    def forward(
+        self,
+        ids: Any,
+        cache: Cache | None = None,
+        tap: Callable[[str, Any], None] | None = None,
+        last_only: bool = False,
+    ) -> Any:
+        """Return logits_BTV for token ids, in the profile's type.
+
+        ids: a list (one row), a list of lists (rows may differ in length), or an integer array of
+        one or two dimensions. In a shorter row the logits after its last id mean nothing; with
+        last_only the result is (B, 1, V), after each row's own last id.
+        cache: holds the tokens before these and is advanced by them; without one they stand alone.
+        tap(name, array): is shown every intermediate, by the tap names of the design.
+        Raises InputError for ids out of range or more of them than the cache holds.
+        """
+        rows = [ids] if len(ids) == 0 or np.ndim(ids[0]) == 0 else ids
+        if any(len(row) == 0 for row in rows):
+            raise InputError("token ids: expected at least one in every row, found an empty row")
+        ids_BT, new_B = generation.pad([as_ids(row) for row in rows])
+        cache = self.new_cache(*ids_BT.shape) if cache is None else cache
+        return self._run(ids_BT, cache, new_B, last_only, tap)
+
+    def _run(
+        self, ids_BT: np.ndarray, cache: Cache, new_B: np.ndarray, last_only: bool, tap: Any = None
+    ) -> np.ndarray:
+        return forward(
+            self.params,
+            self.config,
+            ids_BT,
+            cache,
+            new_B,
+            self.profile.dtype,
+            tap=tap,
+            last_only=last_only,
+        )[0]
+
+    # ---- text ---------------------------------------------------------------------------------
+
+    def encode(self, prompt: Prompt, bos: bool = True) -> list[int]:
+        """The ids of a prompt: BOS where the model wants it, then the text; ids stay as they are.
+
+        bos=False leaves it out, for a text that continues another.
+
+        Raises InputError for a prompt without a single id, or an id outside the vocabulary.
+        """
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InputError("tokenizer: this checkpoint has none, so give token ids, not text")
+            ids = self.tokenizer.prompt_ids(prompt) if bos else self.tokenizer.encode(prompt)
+        else:
+            ids = as_ids(prompt)
+        if not ids:
+            raise InputError("prompt: expected at least one token, found none")
+        wrong = [id for id in ids if not 0 <= id < self.config.vocab_size]
+        if wrong:
+            raise InputError(
+                f"prompt: expected 0 <= id < {self.config.vocab_size} (the vocabulary), "
+                f"found {wrong[0]}"
+            )
+        return ids
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int | None = None, **options: Any
+    ) -> list[Completion]:
+        """Continue every prompt; return one Completion each, in order.
+
+        prompts: one text or list of ids, or a list of them; a batch may mix lengths, and no row
+        changes another. max_new_tokens: new tokens of each, 256 or what fits if None.
+        options: temperature, top_k, top_p, seed (see Sampling), logprobs=True, stop_ids (in place
+        of the checkpoint's).
+        Raises InputError, before any work, if a prompt and its new tokens exceed max_seq_len.
+        """
+        batch = [self.encode(prompt) for prompt in as_batch(prompts)]
+        rows: list[list[generation.Token]] = [[] for _ in batch]
+        for tokens in self._tokens(batch, max_new_tokens, None, **options):
+            for token in tokens:
+                rows[token.row].append(token)
+        return [self._completion(ids, row) for ids, row in zip(batch, rows, strict=True)]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int | None = None,
+        *,
+        cache: Cache | None = None,
+        **options: Any,
+    ) -> Iterator[Step]:
+        """Continue one prompt; yield a Step for each new token, as soon as it is known.
+
+        cache: one row that holds the tokens before the prompt's, and keeps what is fed here; a
+        text gets no second BOS then. Everything else is as in generate, and what is wrong is
+        raised at once, not at the first step.
+        """
+        continues = cache is not None and cache.lengths_B.any()
+        ids = self.encode(prompt, bos=not continues)
+        tokens = self._tokens([ids], max_new_tokens, cache, **options)
+        return self._steps(ids, tokens)
+
+    def _steps(self, ids: list[int], tokens: Iterator[list[generation.Token]]) -> Iterator[Step]:
+        decoder = self.tokenizer.stream(ids) if self.tokenizer else None
+        for ((_, id, logprob, finish_reason),) in tokens:
+            text = decoder.push(id) if decoder and finish_reason != "stop" else ""
+            if decoder and finish_reason:
+                text += decoder.flush()
+            yield Step(id, text, logprob, finish_reason)
+
+    def _tokens(
+        self,
+        batch: list[list[int]],
+        max_new_tokens: int | None,
+        cache: Cache | None,
+        *,
+        stop_ids: Sequence[int] | None = None,
+        logprobs: bool = False,
+        **sampling: Any,
+    ) -> Iterator[list[generation.Token]]:
+        chosen = as_sampling(sampling)
+        used = int(cache.lengths_B.max()) if cache is not None else 0
+        room = cache.max_seq_len if cache is not None else self.max_seq_len
+        longest = used + max(map(len, batch), default=0)
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room - longest))
+        if max_new_tokens < 0:
+            raise InputError(f"max_new_tokens: expected 0 or more, found {max_new_tokens}")
+        if longest + max_new_tokens > room:
+            raise InputError(
+                f"prompt of {longest} tokens + max_new_tokens {max_new_tokens} "
+                f"exceeds max_seq_len {room}"
+            )
+        if not batch or max_new_tokens == 0:
+            return iter(())
+        if cache is None:
+            cache = self.new_cache(len(batch), longest + max_new_tokens)
+        stops = self.stop_ids if stop_ids is None else frozenset(stop_ids)
+        return generation.generate(self._run, cache, batch, max_new_tokens, chosen, stops, logprobs)
+
+    def _completion(self, prompt_ids: list[int], tokens: list[generation.Token]) -> Completion:
+        ids = [token.id for token in tokens]
+        reason = (tokens[-1].finish_reason if tokens else None) or "length"
+        text = "".join(step.text for step in self._steps(prompt_ids, iter([t] for t in tokens)))
+        logprobs = [token.logprob for token in tokens if token.logprob is not None]
+        return Completion(ids, text, logprobs or None, reason)
+
+    def score(self, text: Prompt) -> np.ndarray:
+        """The natural log-probability, float64, of each id after the first given those before it.
+
+        The mean of their negatives is the negative log-likelihood per token; its exponential is
+        the perplexity. Raises InputError for fewer than two ids or more than max_seq_len.
+        """
+        ids = self.encode(text)
+        if len(ids) > self.max_seq_len:
+            raise InputError(f"score: {len(ids)} tokens exceed max_seq_len {self.max_seq_len}")
+        return generation.score(self._run, self.new_cache(1, len(ids)), ids)
+
+
+# ---- what users hand in ------------------------------------------------------------------------
+
+
+def as_ids(ids: Any) -> list[int]:
+    """A list of Python integers from a list or array of token ids."""
+    array_T = np.asarray(ids)
+    if array_T.ndim != 1 or not (array_T.size == 0 or np.issubdtype(array_T.dtype, np.integer)):
+        raise InputError(f"token ids: expected a list of integers, found {ids!r:.80}")
+    return array_T.tolist()
+
+
+def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts from one prompt or many: a text, or a flat list of ids, is one."""
+    if isinstance(prompts, str) or (
+        len(prompts) > 0 and np.ndim(prompts[0]) == 0 and not isinstance(prompts[0], str)
+    ):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def as_sampling(options: dict[str, Any]) -> Sampling:
+    """Checked Sampling from keyword options; an unknown one is an InputError naming it."""
+    unknown = set(options) - set(Sampling._fields)
+    if unknown:
+        raise InputError(
+            f"generate: expected options among {', '.join(Sampling._fields)}, logprobs, stop_ids, "
+            f"found {sorted(unknown)[0]}"
+        )
+    return Sampling(**options).check()
+
+
+def load(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: str = "float32",
+    max_seq_len: int | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Llama:
+    """Load a checkpoint: a Hugging Face directory, a .gguf file, a llama2.c .bin file.
+
+    path: the file or directory, or the name of a model installed here ("smollm2").
+    device: "cpu". dtype: the profile, "float32" or "float64". max_seq_len: the most tokens of a
+    prompt and its continuation; the model's own, and at most 8192, if None.
+    progress(done, total, name): is told the bytes that are read and converted; mapped ones are not.
+    Raises InputError, in one sentence, for whatever cannot be used.
+    """
+    from llama3np.load import load_checkpoint
+    from llama3np.load.installed import resolve
+
+    if device != "cpu":
+        raise InputError(f"device: expected 'cpu', found {device!r}")
+    profile(dtype)
+    checkpoint = load_checkpoint(resolve(path), progress)
+    return Llama(
+        checkpoint.config,
+        checkpoint.params,
+        checkpoint.tokenizer,
+        stop_ids=checkpoint.stop_ids,
+        dtype=dtype,
+        max_seq_len=max_seq_len,
+        layout=checkpoint.layout,
+    )
