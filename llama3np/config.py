@@ -6,7 +6,14 @@ name; a size that is missing is named. Nothing is guessed from a folder's name.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from reprlib import repr as short
+from typing import Any
+
+import numpy as np
 
 from llama3np.errors import InputError
 
@@ -31,6 +38,17 @@ class RopeScaling:
             )
         if self.old_context < 1:
             raise InputError(f"RoPE scaling: the old context is {self.old_context}")
+
+    def divisors_P(self, theta: float, head_dim: int) -> np.ndarray:
+        """What each pair's frequency is divided by, float64: 1 for short waves, factor for long.
+
+        GGUF files carry these in place of the four numbers (tensor rope_freqs.weight).
+        """
+        freq_P = 1 / np.power(theta, np.arange(0, head_dim, 2) / head_dim)
+        turns_P = self.old_context * freq_P / (2 * np.pi)
+        span = self.high_freq_factor - self.low_freq_factor
+        smooth_P = np.clip((turns_P - self.low_freq_factor) / span, 0, 1)
+        return 1 / ((1 - smooth_P) / self.factor + smooth_P)
 
 
 @dataclass(frozen=True)
@@ -81,3 +99,297 @@ class Config:
     def group(self) -> int:
         """G, the query heads that share one key/value head."""
         return self.n_heads // self.n_kv_heads
+
+
+# ---- strict look-ups: every reader below goes through them ----------------------------------
+
+
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Put the file's name before the text of every InputError raised inside."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+
+
+def _present(values: Mapping[str, Any], key: str, default: Any) -> Any:
+    value = values.get(key, default)
+    if value is None:
+        raise InputError(f"expected the key {key!r}, found no such key")
+    return value
+
+
+def _size(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = _present(values, key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{key}: expected a whole number >= 1, found {short(value)}")
+    return value
+
+
+def _number(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = _present(values, key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
+        raise InputError(f"{key}: expected a finite number, found {short(value)}")
+    return float(value)
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int too long for a float
+        return False
+
+
+def _only(values: Mapping[str, Any], neutral: Mapping[str, Any]) -> None:
+    """Refuse each key of `neutral` whose value is another one: it would change the arithmetic."""
+    for key, wanted in neutral.items():
+        found = values.get(key, wanted)
+        if found != wanted:
+            raise InputError(f"{key}: only {wanted!r} is supported, found {short(found)}")
+
+
+def _known(values: Mapping[str, Any], known: Collection[str], what: str) -> None:
+    """Refuse what is not known: a key of a later release could change the arithmetic."""
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise InputError(f"{what} {unknown[0]!r} is not known to leave the arithmetic alone")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+def _head_dim(dim: int, n_heads: int) -> int:
+    if dim % n_heads:
+        raise InputError(f"expected a head size or a width divisible by {n_heads}, found {dim}")
+    return dim // n_heads
+
+
+# ---- Hugging Face config.json ----------------------------------------------------------------
+
+_HF_READ = _words(
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "head_dim vocab_size max_position_embeddings rms_norm_eps rope_theta rope_scaling "
+    "rope_parameters tie_word_embeddings"
+)
+
+# Accepted with this one value: any other changes the arithmetic or the tensors.
+_HF_NEUTRAL: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "rope_interleaved": False,
+    "use_sliding_window": False,
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+}
+
+# Of PretrainedConfig, LlamaConfig and the tools around them; none enters the forward pass.
+# pretraining_tp splits products into sums of the same terms.
+_HF_HARMLESS = _words(
+    "architectures torch_dtype dtype use_cache transformers_version initializer_range "
+    "attention_dropout hidden_dropout bos_token_id eos_token_id pad_token_id sep_token_id "
+    "decoder_start_token_id pretraining_tp _name_or_path name_or_path is_llama_config "
+    "transformers.js_config unsloth_version unsloth_fixed max_sequence_length "
+    "_attn_implementation _attn_implementation_autoset attn_implementation "
+    "_attn_implementation_internal return_dict output_hidden_states output_attentions "
+    "torchscript use_bfloat16 tf_legacy_loss pruned_heads tie_encoder_decoder "
+    "cross_attention_hidden_size chunk_size_feed_forward keys_to_ignore_at_inference "
+    "id2label label2id tokenizer_class prefix problem_type task_specific_params "
+    "finetuning_task max_length min_length do_sample early_stopping num_beams num_beam_groups "
+    "diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty "
+    "no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences "
+    "output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id "
+    "remove_invalid_values exponential_decay_length_penalty suppress_tokens "
+    "begin_suppress_tokens"
+)
+
+_LLAMA3_KEYS = _words("factor low_freq_factor high_freq_factor original_max_position_embeddings")
+
+
+def from_hf(values: Mapping[str, Any], source: str) -> Config:
+    """The Config of a Hugging Face `config.json`, given as its parsed object.
+
+    Reads the older form (rope_theta beside rope_scaling, `type` or `rope_type`) and the newer
+    (rope_parameters with rope_theta inside). JSON's null means absent, as it does there. Raises
+    InputError, naming `source` and the key, for a size that is missing or senseless, for a
+    setting that is not supported, and for a key that is not known to be harmless.
+    """
+    with _naming(source):
+        given = {key: value for key, value in values.items() if value is not None}
+        _only(given, _HF_NEUTRAL)
+        _known(given, (*_HF_READ, *_HF_NEUTRAL, *_HF_HARMLESS), "the key")
+        dim, n_heads = _size(given, "hidden_size"), _size(given, "num_attention_heads")
+        rope = _hf_rope(given)
+        return Config(
+            dim=dim,
+            n_layers=_size(given, "num_hidden_layers"),
+            n_heads=n_heads,
+            n_kv_heads=_size(given, "num_key_value_heads", n_heads),
+            head_dim=_size(given, "head_dim") if "head_dim" in given else _head_dim(dim, n_heads),
+            ffn_dim=_size(given, "intermediate_size"),
+            vocab_size=_size(given, "vocab_size"),
+            norm_eps=_number(given, "rms_norm_eps"),
+            rope_theta=_number(rope, "rope_theta", 10000.0),  # absent in Llama 2's first configs
+            rope_scaling=_hf_scaling(rope),
+            rope_pairing="half",
+            tied=_flag(given, "tie_word_embeddings"),
+            context_length=_size(given, "max_position_embeddings"),
+        )
+
+
+def _flag(values: Mapping[str, Any], key: str) -> bool:
+    value = values.get(key, False)
+    if not isinstance(value, bool):
+        raise InputError(f"{key}: expected true or false, found {short(value)}")
+    return value
+
+
+def _hf_rope(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Both spellings of the RoPE settings as one dict: rope_theta, rope_type and its factors."""
+    merged: dict[str, Any] = {}
+    for key in ("rope_theta", "rope_scaling", "rope_parameters"):
+        part = given.get(key, {})
+        settings = part if key != "rope_theta" else {key: part} if part != {} else {}
+        if not isinstance(settings, dict):
+            raise InputError(f"{key}: expected an object, found {short(part)}")
+        for name, value in settings.items():
+            name = "rope_type" if name == "type" else name
+            if merged.setdefault(name, value) != value:
+                raise InputError(f"{key}: {name} is {short(value)}, but also {merged[name]!r}")
+    return merged
+
+
+def _hf_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type", "default" if set(rope) <= {"rope_theta"} else None)
+    if kind not in ("default", "none", "llama3"):
+        raise InputError(f"RoPE: expected rope_type 'default' or 'llama3', found {short(kind)}")
+    _only(rope, {"partial_rotary_factor": 1.0})
+    factors = _LLAMA3_KEYS if kind == "llama3" else ()
+    _known(rope, ("rope_theta", "rope_type", "partial_rotary_factor", *factors), "the RoPE key")
+    if not factors:
+        return None
+    factor, low, high, old_context = factors
+    return RopeScaling(
+        _number(rope, factor), _number(rope, low), _number(rope, high), _size(rope, old_context)
+    )
+
+
+# ---- GGUF metadata ---------------------------------------------------------------------------
+
+# Accepted with this one value; the rest of what is read stands in from_gguf.
+_GGUF_NEUTRAL: dict[str, Any] = {
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "rope.scaling.type": "none",
+    "rope.scaling.factor": 1.0,
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scale_linear": 1.0,
+    "attention.sliding_window": 0,
+    "attention.causal": True,
+    "logit_scale": 1.0,
+    "embedding_scale": 1.0,
+    "residual_scale": 1.0,
+}
+
+_GGUF_READ = _words(
+    "embedding_length feed_forward_length block_count attention.head_count "
+    "attention.head_count_kv attention.key_length attention.value_length vocab_size "
+    "attention.layer_norm_rms_epsilon rope.freq_base rope.dimension_count context_length "
+    "rope.scaling.original_context_length"
+)
+
+_GGUF_HARMLESS = ("tensor_data_layout", "rope.scaling.finetuned", "use_parallel_residual")
+
+LLAMA3_OLD_CONTEXT = 8192
+
+
+def from_gguf(
+    metadata: Mapping[str, Any],
+    vocab_size: int,
+    tied: bool,
+    source: str,
+    divisors_P: np.ndarray | None = None,
+) -> Config:
+    """The Config of a GGUF file of architecture "llama".
+
+    Rows of the embedding table and the tie are facts of the tensors, so they are given;
+    divisors_P is the tensor rope_freqs.weight, if there is one (see scaling_from_divisors).
+    Raises InputError, naming `source` and the key, as from_hf does.
+    """
+    with _naming(source):
+        _only(metadata, {"general.architecture": "llama", "general.type": "model"})
+        _present(metadata, "general.architecture", None)
+        given = {k[len("llama.") :]: v for k, v in metadata.items() if k.startswith("llama.")}
+        _only(given, _GGUF_NEUTRAL | {"vocab_size": vocab_size})
+        _known(given, (*_GGUF_READ, *_GGUF_NEUTRAL, *_GGUF_HARMLESS), "the key llama.*")
+        dim, n_heads = _size(given, "embedding_length"), _size(given, "attention.head_count")
+        theta, head_dim = _number(given, "rope.freq_base", 10000.0), _gguf_head_dim(given)
+        old = _size(given, "rope.scaling.original_context_length", LLAMA3_OLD_CONTEXT)
+        return Config(
+            dim=dim,
+            n_layers=_size(given, "block_count"),
+            n_heads=n_heads,
+            n_kv_heads=_size(given, "attention.head_count_kv", n_heads),
+            head_dim=head_dim,
+            ffn_dim=_size(given, "feed_forward_length"),
+            vocab_size=vocab_size,
+            norm_eps=_number(given, "attention.layer_norm_rms_epsilon"),
+            rope_theta=theta,
+            rope_scaling=scaling_from_divisors(divisors_P, theta, head_dim, old),
+            rope_pairing="interleaved",  # converters permute the rows of q and k to Meta's order
+            tied=tied,
+            context_length=_size(given, "context_length"),
+        )
+
+
+def _gguf_head_dim(given: Mapping[str, Any]) -> int:
+    """The head size: key_length or width / heads; all of it is turned, and values have it too."""
+    key_length = given.get("attention.key_length")
+    head_dim = (
+        _head_dim(_size(given, "embedding_length"), _size(given, "attention.head_count"))
+        if key_length is None
+        else _size(given, "attention.key_length")
+    )
+    _only(given, {"attention.value_length": head_dim, "rope.dimension_count": head_dim})
+    return head_dim
+
+
+def scaling_from_divisors(
+    divisors_P: np.ndarray | None, theta: float, head_dim: int, old_context: int
+) -> RopeScaling | None:
+    """The "llama3" scaling, with low 1 and high 4, that a GGUF file's frequency divisors express.
+
+    None for no divisors or all ones. Raises InputError for divisors that no such scaling
+    explains to 1e-5: they are of another kind (longrope, for instance).
+    """
+    if divisors_P is None or (divisors_P == 1).all():
+        return None
+    wide_P = np.asarray(divisors_P, np.float64)
+    if wide_P.shape == (head_dim // 2,) and np.isfinite(wide_P).all() and wide_P.max() > 1:
+        scaling = RopeScaling(float(wide_P.max()), 1.0, 4.0, old_context)
+        if np.allclose(wide_P, scaling.divisors_P(theta, head_dim), rtol=1e-5, atol=0):
+            return scaling
+    raise InputError(
+        f"RoPE divisors: expected those of a llama3 scaling with low 1, high 4 and old context "
+        f"{old_context} for {head_dim // 2} pairs, found {len(wide_P)} others, up to {wide_P.max()}"
+    )
+
+
+# ---- llama2.c header -------------------------------------------------------------------------
+
+
+def from_llama2c(header: Sequence[int], tied: bool, source: str) -> Config:
+    """The Config of a llama2.c checkpoint: dim, hidden_dim, layers, heads, kv heads, vocab, length.
+
+    The file does not say them, but llama2.c has them as literals: theta 10000, epsilon 1e-5.
+    """
+    names = ("dim", "ffn_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "context_length")
+    with _naming(source):
+        named = dict(zip(names, header, strict=True))
+        D, F, L, N, K, V, context = (_size(named, name) for name in names)
+        return Config(D, L, N, K, _head_dim(D, N), F, V, tied=tied, context_length=context)

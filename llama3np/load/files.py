@@ -1,0 +1,86 @@
+"""Files as every reader here needs them: mapped, checked for JSON, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama3np.errors import InputError
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """Map a file for reading; its pages are read when touched, and nothing is copied.
+
+    Raises InputError for a path that cannot be opened and for an empty file.
+    """
+    try:
+        with path.open("rb") as file:
+            if path.stat().st_size == 0:
+                raise InputError(f"{path}: the file is empty")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def view(data: mmap.mmap, dtype: Any, shape: tuple[int, ...], offset: int) -> np.ndarray:
+    """See part of a map as a read-only array, at any alignment; the array keeps the map open."""
+    if math.prod(shape) == 0:
+        return np.empty(shape, dtype)
+    return np.ndarray(shape, dtype, buffer=data, offset=offset)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object. Raises InputError if it does not."""
+    try:
+        return parse_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def parse_json(text: bytes, source: str) -> dict[str, Any]:
+    """Parse one JSON object in which no key stands twice. Raises InputError naming `source`."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen = dict(pairs)
+        if len(seen) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise InputError(f"{source}: the key {twice!r} stands twice in one object")
+        return seen
+
+    try:
+        value = json.loads(text, object_pairs_hook=once)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
+        raise InputError(f"{source}: expected JSON, found something else ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{source}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise InputError if there is anything at `path`: nothing here overwrites."""
+    if path.exists() or path.is_symlink():
+        raise InputError(f"{path}: exists already, and is not overwritten")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`, renamed to it if the block ends well, else removed."""
+    refuse_existing(path)
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        yield temporary
+        temporary.rename(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,224 @@
+"""Hugging Face directories: config.json, safetensors in one file or in shards with an index."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama3np.config import Config, from_hf
+from llama3np.errors import InputError
+from llama3np.load import names, safetensors
+from llama3np.load.checkpoint import DTYPES, Checkpoint, Progress, assemble, report
+from llama3np.load.files import parse_json, read_json, refuse_existing
+from llama3np.params import Params, named
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_HEAD = names.foreign("head_VD", "huggingface")
+_EMBED = names.foreign("embed_VD", "huggingface")
+
+# ---- reading ---------------------------------------------------------------------------------
+
+
+def load(directory: Path, progress: Progress | None = None) -> Checkpoint:
+    """Load a directory of a Llama model. Raises InputError for all that is not as it should be."""
+    settings_path = directory / "config.json"
+    settings = read_json(settings_path)
+    config = from_hf(settings, str(settings_path))
+    tensors, n_files = _read_weights(directory)
+    if config.tied:
+        _drop_copied_head(tensors, directory)
+    shapes = {name: w.shape for name, w in tensors.items()}
+    matched = names.matched(shapes, config, "huggingface", str(directory))
+    ours = {name: tensors[theirs] for name, theirs in matched.items()}
+    report(progress, {name: w.nbytes for name, w in ours.items()})
+    tokenizer = _tokenizer(directory)
+    files = "1 safetensors file" if n_files == 1 else f"{n_files} safetensors files"
+    layout = f"Hugging Face directory, {files}, {_dtypes(ours.values())}"
+    stop_ids = _stop_ids(directory, settings, tokenizer)
+    return Checkpoint(config, assemble(ours, config), tokenizer, layout, stop_ids)
+
+
+def _read_weights(directory: Path) -> tuple[dict[str, np.ndarray], int]:
+    """Every tensor by the file's name for it, and the number of files."""
+    if (directory / SINGLE).exists():
+        return safetensors.read(directory / SINGLE), 1
+    if (directory / INDEX).exists():
+        return _read_shards(directory / INDEX)
+    raise InputError(f"{directory}: expected {SINGLE} or {INDEX}, found neither")
+
+
+def _read_shards(index: Path) -> tuple[dict[str, np.ndarray], int]:
+    file_of = read_json(index).get("weight_map")
+    if not isinstance(file_of, dict) or not all(isinstance(f, str) for f in file_of.values()):
+        raise InputError(f"{index}: expected weight_map to give each tensor's file, found otherwise")
+    tensors: dict[str, np.ndarray] = {}
+    files = sorted(set(file_of.values()))
+    for file in files:
+        if Path(file).name != file or not (index.parent / file).is_file():
+            raise InputError(f"{index}: names the file {file!r}, which is not beside it")
+        shard = safetensors.read(index.parent / file)
+        listed = {name for name, its_file in file_of.items() if its_file == file}
+        for name in sorted(listed ^ set(shard)):
+            where = "in the index but not in" if name in listed else "not in the index but in"
+            raise InputError(f"{index}: the tensor {name!r} is {where} {file}")
+        tensors |= shard
+    return tensors, len(files)
+
+
+def _drop_copied_head(tensors: dict[str, np.ndarray], directory: Path) -> None:
+    """A tied checkpoint may hold its head a second time; a head of other numbers is refused."""
+    head = tensors.pop(_HEAD, None)
+    if head is not None and _EMBED in tensors and not _same_bits(head, tensors[_EMBED]):
+        raise InputError(
+            f"{directory}: config.json has tie_word_embeddings, but {_HEAD} is not equal to {_EMBED}"
+        )
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    a_bytes, b_bytes = a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)
+    step = 1 << 22  # by parts: the comparison makes an array of its own
+    return all(
+        np.array_equal(a_bytes[i : i + step], b_bytes[i : i + step])
+        for i in range(0, len(a_bytes), step)
+    )
+
+
+def _dtypes(weights: Iterable[np.ndarray]) -> str:
+    """The matrices' dtypes, the most bytes first: "bf16", "bf16 and f32"."""
+    nbytes = dict.fromkeys(DTYPES, 0)
+    short_name = {dtype: name for name, dtype in DTYPES.items()}
+    for w in weights:
+        nbytes[short_name[w.dtype]] += w.nbytes if w.ndim == 2 else 0
+    return " and ".join(sorted((n for n in nbytes if nbytes[n]), key=nbytes.__getitem__)[::-1])
+
+
+def _tokenizer(directory: Path) -> Any:
+    from llama3np import tokenizer  # not needed for the weights alone
+
+    if (directory / "tokenizer.json").exists():
+        return tokenizer.from_tokenizer_json(directory / "tokenizer.json")
+    if (directory / "tokenizer.model").exists():
+        return tokenizer.from_tokenizer_model(directory / "tokenizer.model")
+    return None
+
+
+def _stop_ids(directory: Path, settings: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
+    """What ends a text: by generation_config.json, else config.json, else the tokenizer."""
+    generation = directory / "generation_config.json"
+    sources = {"generation_config.json": read_json(generation)} if generation.exists() else {}
+    for file, values in (sources | {"config.json": settings}).items():
+        found = values.get("eos_token_id")
+        ids = found if isinstance(found, list) else [found]
+        if found is not None and not all(type(i) is int and i >= 0 for i in ids):
+            raise InputError(f"{directory / file}: eos_token_id: expected ids, found {found!r}")
+        if found is not None:
+            return tuple(ids)
+    return tuple(tokenizer.stop_ids) if tokenizer else ()
+
+
+# ---- writing ---------------------------------------------------------------------------------
+
+
+def save_hf(
+    directory: str | Path,
+    config: Config,
+    params: Params,
+    shard_bytes: int | None = None,
+    tokenizer_files: Iterable[str | Path] = (),
+) -> None:
+    """Write a directory that this package and transformers read, each weight in its own dtype.
+
+    Rows of wq and wk are written in Hugging Face's order (pairing "half"). Shards of at most
+    shard_bytes, or one tensor, with an index, if shard_bytes is given. The directory appears
+    whole or not at all; raises InputError if there is one that is not empty.
+    """
+    directory = Path(directory)
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
+    refuse_existing(directory)
+    config, params = names.with_pairing(config, params, "half")
+    ours = named(params, config.tied)
+    tensors = {names.foreign(name, "huggingface"): w for name, w in ours.items()}
+    temporary = directory.with_name(directory.name + ".partial")
+    try:
+        temporary.mkdir(parents=True)
+        _write_json(temporary / "config.json", _settings(config, params))
+        _write_weights(temporary, tensors, shard_bytes)
+        for file in tokenizer_files:
+            shutil.copyfile(file, temporary / Path(file).name)
+        temporary.rename(directory)
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _settings(config: Config, params: Params) -> dict[str, Any]:
+    """config.json in the older form of the RoPE keys, which every release of transformers reads."""
+    scaling = config.rope_scaling
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "hidden_size": config.dim,
+        "intermediate_size": config.ffn_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.context_length,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling and {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.old_context,
+        },
+        "tie_word_embeddings": config.tied,
+        "torch_dtype": params.embed_VD.dtype.name,
+    }
+
+
+def _write_weights(
+    directory: Path, tensors: Mapping[str, np.ndarray], shard_bytes: int | None
+) -> None:
+    if shard_bytes is None:
+        return safetensors.write(directory / SINGLE, tensors)
+    shards = _shards(tensors, shard_bytes)
+    file_of = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        safetensors.write(directory / file, shard)
+        file_of |= dict.fromkeys(shard, file)
+    total = sum(w.nbytes for w in tensors.values())
+    _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
+
+
+def _shards(tensors: Mapping[str, np.ndarray], limit: int) -> list[dict[str, np.ndarray]]:
+    """Tensors in their order, a new shard wherever the next one would not fit."""
+    shards: list[dict[str, np.ndarray]] = [{}]
+    room = limit
+    for name, w in tensors.items():
+        if shards[-1] and w.nbytes > room:
+            shards.append({})
+            room = limit
+        shards[-1][name] = w
+        room -= w.nbytes
+    return shards
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,119 @@
+"""Safetensors files, mapped: 8 bytes of header length, a JSON header, then the tensors' bytes.
+
+The library's own NumPy reader copies each tensor; here they stay in the file until touched.
+Format: the README of the safetensors project.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from llama3np.errors import InputError
+from llama3np.load.checkpoint import DTYPES
+from llama3np.load.files import map_file, new_file, parse_json, view
+
+MAX_HEADER = 100_000_000  # bytes; the limit that the library sets
+SUPPORTED = {name.upper(): dtype for name, dtype in DTYPES.items()}
+
+
+class _Entry(NamedTuple):
+    """A tensor's place: its bytes are data[start:stop], counted from the end of the header."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """Name -> read-only array over the mapped file, float32, float16 or bfloat16.
+
+    Raises InputError for anything the format forbids, a file cut short, and other dtypes.
+    """
+    data = map_file(path)
+    header, data_start = _header(data, path)
+    entries = {name: _entry(name, value, path) for name, value in header.items()}
+    _check_places(entries, len(data) - data_start, path)
+    return {
+        name: view(data, entry.dtype, entry.shape, data_start + entry.start)
+        for name, entry in entries.items()
+    }
+
+
+def _header(data: mmap.mmap, path: Path) -> tuple[dict[str, Any], int]:
+    """The header without its text annotations, and where the data begin."""
+    if len(data) < 8:
+        raise InputError(f"{path}: expected a safetensors header of 8 bytes, found {len(data)}")
+    (length,) = struct.unpack_from("<Q", data)
+    if length > min(MAX_HEADER, len(data) - 8):
+        raise InputError(
+            f"{path}: the safetensors header's length is {length}, but the file has "
+            f"{len(data) - 8} bytes after it and the limit is {MAX_HEADER}"
+        )
+    header = parse_json(data[8 : 8 + length], f"{path}: safetensors header")
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _entry(name: str, value: Any, path: Path) -> _Entry:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise InputError(
+            f"{path}: tensor {name!r}: expected dtype, shape and data_offsets, found {short(value)}"
+        )
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in SUPPORTED:
+        raise InputError(
+            f"{path}: tensor {name!r}: expected dtype {', '.join(SUPPORTED)}, found {short(dtype)}"
+        )
+    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+        raise InputError(
+            f"{path}: tensor {name!r}: expected whole numbers as shape and two as data_offsets, "
+            f"found {short(shape)} and {short(offsets)}"
+        )
+    entry = _Entry(SUPPORTED[dtype], tuple(shape), *offsets)
+    expected = math.prod(shape) * entry.dtype.itemsize
+    if entry.stop - entry.start != expected:
+        raise InputError(
+            f"{path}: tensor {name!r}: {dtype} of shape {short(shape)} takes {expected} bytes, "
+            f"but data_offsets {short(offsets)} give {entry.stop - entry.start}"
+        )
+    return entry
+
+
+def _counts(values: Any) -> bool:
+    """Whether this is a list of whole numbers >= 0, few and small enough for an array's shape."""
+    if not isinstance(values, list) or len(values) > 32:
+        return False
+    return all(type(value) is int and 0 <= value < 2**48 for value in values)
+
+
+def _check_places(entries: Mapping[str, _Entry], size: int, path: Path) -> None:
+    """The tensors must fill the file after the header: no overlap, no hole, nothing cut off."""
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if entry.start != end:
+            raise InputError(
+                f"{path}: tensor {name!r}: expected its data at byte {end}, where the tensor "
+                f"before it ends, found data_offsets [{entry.start}, {entry.stop}]"
+            )
+        end = entry.stop
+    if end != size:
+        raise InputError(
+            f"{path}: expected {end} bytes after the header, found {size} (is the file complete?)"
+        )
+
+
+def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write float32, float16 or bfloat16 arrays to a new file. Raises InputError if it exists."""
+    whole = {name: np.ascontiguousarray(w) for name, w in tensors.items()}
+    with new_file(path) as temporary:
+        save_file(whole, temporary, metadata={"format": "pt"})  # transformers asks for the format
