@@ -367,16 +367,16 @@ def scaling_from_divisors(
     None for no divisors or all ones. Raises InputError for divisors that no such scaling
     explains to 1e-5: they are of another kind (longrope, for instance).
     """
-    if divisors_P is None or (divisors_P == 1).all():
+    if divisors_P is None:
         return None
-    wide_P = np.asarray(divisors_P, np.float64)
-    if wide_P.shape == (head_dim // 2,) and np.isfinite(wide_P).all() and wide_P.max() > 1:
-        scaling = RopeScaling(float(wide_P.max()), 1.0, 4.0, old_context)
-        if np.allclose(wide_P, scaling.divisors_P(theta, head_dim), rtol=1e-5, atol=0):
-            return scaling
+    factor = float(str(divisors_P.max()))  # the decimal that was rounded to the tensor's float32
+    if divisors_P.shape == (head_dim // 2,) and 1 <= factor < math.inf and divisors_P.min() >= 1:
+        scaling = RopeScaling(factor, 1.0, 4.0, old_context)
+        if np.allclose(divisors_P, scaling.divisors_P(theta, head_dim), rtol=1e-5, atol=0):
+            return scaling if factor > 1 else None
     raise InputError(
-        f"RoPE divisors: expected those of a llama3 scaling with low 1, high 4 and old context "
-        f"{old_context} for {head_dim // 2} pairs, found {len(wide_P)} others, up to {wide_P.max()}"
+        f"RoPE divisors: expected {head_dim // 2} that a llama3 scaling with low 1, high 4 and old "
+        f"context {old_context} explains, found {len(divisors_P)} others, at most {factor}"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -46,11 +46,10 @@ def assemble(tensors: Mapping[str, np.ndarray], config: Config) -> Params:
     return params
 
 
-def report(progress: Progress | None, tensors: Mapping[str, int]) -> None:
-    """Tell `progress` of tensors that are ready; `tensors` gives each one's bytes."""
-    if progress is None:
-        return
-    done, total = 0, sum(tensors.values())
-    for name, nbytes in tensors.items():
-        done += nbytes
-        progress(done, total, name)
+def report(progress: Progress | None, nbytes: Mapping[str, int], ready: Iterable[str]) -> None:
+    """Tell `progress` of each tensor as `ready` yields its name; `nbytes` has all their sizes."""
+    done, total = 0, sum(nbytes.values())
+    for name in ready:
+        done += nbytes[name]
+        if progress is not None:
+            progress(done, total, name)

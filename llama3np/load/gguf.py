@@ -1,20 +1,13 @@
-"""GGUF files, versions 2 and 3: read over a map, written, and loaded as a model.
-
-Header, key/value pairs, tensor infos, then the tensors, each at an aligned offset. Every length
-in the file is checked before it is used. Format: docs/gguf.md of ggml.
-"""
+"""Llama models in GGUF files; the file format itself is gguf_file.py."""
 
 from __future__ import annotations
 
-import math
-import mmap
 import os
-import struct
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -22,230 +15,22 @@ from llama3np.config import Config, from_gguf, scaling_from_divisors
 from llama3np.errors import InputError
 from llama3np.load import names
 from llama3np.load.checkpoint import Checkpoint, Progress, assemble, report
-from llama3np.load.dequant import FORMATS, OTHER_TYPES, start_decoding
-from llama3np.load.files import map_file, new_file, view
+from llama3np.load.dequant import FORMATS, start_decoding
+from llama3np.load.files import view
+from llama3np.load.gguf_file import GGUF, MAGIC, Raw, TensorInfo, read, write
 from llama3np.params import Params, named
 
-MAGIC = b"GGUF"
-DEFAULT_ALIGNMENT = 32
-MAX_DIMS = 4
-
-# The number of a value's type -> its struct code. 8 is a string and 9 an array.
-_CODES = "B b H h I i f ? s a Q q d".split()
-_STRING, _ARRAY = _CODES.index("s"), _CODES.index("a")
-_SCALARS = {
-    number: struct.Struct("<" + code)
-    for number, code in enumerate(_CODES)
-    if number not in (_STRING, _ARRAY)
-}
-_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
-_NAMES = {form.number: name for name, form in FORMATS.items()}
-
-
-class TensorInfo(NamedTuple):
-    """One tensor's place in the file."""
-
-    shape: tuple[int, ...]  # in NumPy's order, the reverse of the file's
-    type: str  # "Q4_1", a key of dequant.FORMATS
-    offset: int  # from the beginning of the file
-    nbytes: int
-
-
-class GGUF(NamedTuple):
-    """A whole file: plain Python values, and the tensors' bytes under the map."""
-
-    version: int
-    metadata: dict[str, Any]
-    tensors: dict[str, TensorInfo]
-    data: mmap.mmap
-
-    def stored(self, name: str) -> np.ndarray:
-        """A tensor's bytes as they are, (rows..., bytes of a row) uint8; no copy."""
-        info = self.tensors[name]
-        rows = info.shape[:-1]
-        return view(self.data, np.uint8, (*rows, info.nbytes // math.prod(rows)), info.offset)
-
-
-class Raw(NamedTuple):
-    """A tensor to be written whose bytes are already in a ggml type's format."""
-
-    type: str
-    shape: tuple[int, ...]
-    blocks: np.ndarray  # uint8, any shape
-
-
-# ---- the cursor ------------------------------------------------------------------------------
-
-
-class _Cursor:
-    """A place in bytes that are not trusted; everything read is inside the file, or InputError."""
-
-    def __init__(self, data: mmap.mmap, source: Path):
-        self.data, self.source, self.at = data, source, 0
-
-    def fail(self, what: str) -> InputError:
-        return InputError(f"{self.source}: {what}")
-
-    def need(self, nbytes: int, what: str) -> None:
-        left = len(self.data) - self.at
-        if nbytes > left:
-            raise self.fail(f"{what}: expected {nbytes} more bytes, found {left} (cut short?)")
-
-    def scalar(self, code: struct.Struct, what: str) -> Any:
-        self.need(code.size, what)
-        (value,) = code.unpack_from(self.data, self.at)
-        self.at += code.size
-        return value
-
-    def strings(self, count: int, what: str) -> list[str]:
-        """`count` strings, each 8 bytes of length and UTF-8: one tight loop, for vocabularies."""
-        self.need(8 * count, what)
-        data, size, start, found = self.data, len(self.data), self.at, []
-        length_at = _U64.unpack_from
-        try:
-            for _ in range(count):
-                end = start + 8 + length_at(data, start)[0]
-                if end > size:
-                    raise self.fail(f"{what}: a string of {end - start - 8} bytes is cut short")
-                found.append(str(data[start + 8 : end], "utf-8"))
-                start = end
-        except struct.error:
-            raise self.fail(f"{what}: the file ends after {len(found)} of {count} strings") from None
-        except UnicodeDecodeError:
-            raise self.fail(f"{what}: expected UTF-8, found other bytes") from None
-        self.at = start
-        return found
-
-    def string(self, what: str) -> str:
-        return self.strings(1, what)[0]
-
-    def numbers(self, code: struct.Struct, count: int, what: str) -> list[Any]:
-        self.need(code.size * count, what)
-        values = np.frombuffer(self.data, code.format, count, self.at)
-        self.at += code.size * count
-        return values.tolist()
-
-
-# ---- reading ---------------------------------------------------------------------------------
-
-
-def read(path: str | Path) -> GGUF:
-    """Read a GGUF file's header over a map of it; no tensor is touched.
-
-    A float32 number of the metadata is given as the shortest decimal that means it: 1e-05, which
-    the converter was given, not 9.999999747378752e-06. Raises InputError for what is not GGUF
-    2 or 3, lengths and offsets that do not fit the file, and tensor types not in FORMATS.
-    """
-    path = Path(path)
-    cursor = _Cursor(map_file(path), path)
-    version = _version(cursor)
-    n_tensors = cursor.scalar(_U64, "the number of tensors")
-    n_pairs = cursor.scalar(_U64, "the number of metadata pairs")
-    metadata = _metadata(cursor, n_pairs)
-    tensors = _tensors(cursor, n_tensors, _alignment(cursor, metadata))
-    return GGUF(version, metadata, tensors, cursor.data)
-
-
-def _version(cursor: _Cursor) -> int:
-    cursor.need(8, "the header")
-    magic, version = struct.unpack_from("<4sI", cursor.data)
-    cursor.at = 8
-    if magic != MAGIC:
-        raise cursor.fail(f"expected a GGUF file, found one that begins with {magic!r}")
-    if version & 0xFFFF == 0 and version:
-        raise cursor.fail("expected a little-endian GGUF file, found a big-endian one")
-    if version not in (2, 3):
-        raise cursor.fail(f"expected GGUF version 2 or 3, found {version}")
-    return version
-
-
-def _metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
-    cursor.need(count * 13, f"{count} metadata pairs")  # key length, type, one byte of value
-    metadata: dict[str, Any] = {}
-    for i in range(count):
-        key = cursor.string(f"metadata key {i}")
-        if key in metadata:
-            raise cursor.fail(f"the metadata key {key!r} stands twice")
-        metadata[key] = _value(cursor, f"metadata {key!r}")
-    return metadata
-
-
-def _value(cursor: _Cursor, what: str) -> Any:
-    kind = cursor.scalar(_U32, what)
-    if kind == _STRING:
-        return cursor.string(what)
-    if kind == _ARRAY:
-        return _array(cursor, what)
-    if kind not in _SCALARS:
-        raise cursor.fail(f"{what}: expected a value type from 0 to 12, found {kind}")
-    value = cursor.scalar(_SCALARS[kind], what)
-    return float(str(np.float32(value))) if _CODES[kind] == "f" else value
-
-
-def _array(cursor: _Cursor, what: str) -> list[Any]:
-    kind, count = cursor.scalar(_U32, what), cursor.scalar(_U64, what)
-    if kind == _STRING:
-        return cursor.strings(count, what)
-    if kind not in _SCALARS:
-        raise cursor.fail(f"{what}: expected an array of numbers or strings, found type {kind}")
-    return cursor.numbers(_SCALARS[kind], count, what)
-
-
-def _alignment(cursor: _Cursor, metadata: Mapping[str, Any]) -> int:
-    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-    if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment.bit_count() > 1:
-        raise cursor.fail(f"general.alignment: expected a power of 2, found {alignment!r:.40}")
-    return alignment
-
-
-def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, TensorInfo]:
-    cursor.need(count * 32, f"{count} tensor infos")  # name length, dims, one dim, type, offset
-    relative: dict[str, TensorInfo] = {}
-    for i in range(count):
-        name = cursor.string(f"the name of tensor {i}")
-        if name in relative:
-            raise cursor.fail(f"the tensor {name!r} stands twice")
-        relative[name] = _tensor_info(cursor, f"tensor {name!r}", alignment)
-    data_start = -(-cursor.at // alignment) * alignment
-    tensors = {n: t._replace(offset=data_start + t.offset) for n, t in relative.items()}
-    _check_places(cursor, tensors)
-    return tensors
-
-
-def _tensor_info(cursor: _Cursor, what: str, alignment: int) -> TensorInfo:
-    n_dims = cursor.scalar(_U32, what)
-    if not 1 <= n_dims <= MAX_DIMS:
-        raise cursor.fail(f"{what}: expected 1 to {MAX_DIMS} dimensions, found {n_dims}")
-    dims = [cursor.scalar(_U64, what) for _ in range(n_dims)]
-    number, offset = cursor.scalar(_U32, what), cursor.scalar(_U64, what)
-    if number not in _NAMES:
-        other = OTHER_TYPES.get(number, f"number {number}")
-        raise cursor.fail(f"{what}: expected a type of {', '.join(FORMATS)}, found {other}")
-    form = FORMATS[_NAMES[number]]
-    if 0 in dims or dims[0] % form.weights:
-        raise cursor.fail(
-            f"{what}: expected dimensions >= 1, the first a multiple of {form.weights} for "
-            f"{_NAMES[number]}, found {dims}"
-        )
-    if offset % alignment:
-        raise cursor.fail(f"{what}: expected an offset aligned to {alignment}, found {offset}")
-    nbytes = math.prod(dims) // form.weights * form.nbytes
-    return TensorInfo(tuple(reversed(dims)), _NAMES[number], offset, nbytes)
-
-
-def _check_places(cursor: _Cursor, tensors: Mapping[str, TensorInfo]) -> None:
-    """No two tensors may overlap, and none may end beyond the file."""
-    end = 0
-    for name, info in sorted(tensors.items(), key=lambda item: item[1].offset):
-        if info.offset < end:
-            raise cursor.fail(f"tensor {name!r}: its data begin inside the tensor before it")
-        end = info.offset + info.nbytes
-        if end > len(cursor.data):
-            raise cursor.fail(
-                f"tensor {name!r}: its data end at byte {end}, but the file has "
-                f"{len(cursor.data)} (is it complete?)"
-            )
-
+__all__ = [
+    "GGUF",
+    "MAGIC",
+    "Raw",
+    "TensorInfo",
+    "load",
+    "plain_array",
+    "read",
+    "save_gguf",
+    "write",
+]
 
 # ---- loading a model -------------------------------------------------------------------------
 
@@ -259,13 +44,129 @@ def load(path: Path, progress: Progress | None = None) -> Checkpoint:
     config = _config(gguf, path)
     shapes = {name: info.shape for name, info in gguf.tensors.items()}
     matched = names.matched(shapes, config, "gguf", str(path))
-    plain, encoded = {}, {}
-    for ours, theirs in matched.items():
-        is_plain = FORMATS[gguf.tensors[theirs].type].dtype is not None
-        (plain if is_plain else encoded)[ours] = theirs
-    tensors = {ours: plain_array(gguf, theirs) for ours, theirs in plain.items()}
-    tensors |= _decoded(gguf, encoded, progress)
-    params = assemble(tensors, config)
+    params = assemble(_weights(gguf, matched, progress), config)
     tokenizer = _tokenizer(gguf, path)
     stop_ids = tuple(tokenizer.stop_ids) if tokenizer else ()
     return Checkpoint(config, params, tokenizer, _layout(gguf), stop_ids)
+
+
+def _config(gguf: GGUF, path: Path) -> Config:
+    embed, head = names.foreign("embed_VD", "gguf"), names.foreign("head_VD", "gguf")
+    if embed not in gguf.tensors:
+        raise InputError(f"{path}: expected a tensor {embed!r}, found none")
+    divisors_P = None
+    if names.GGUF_ROPE_DIVISORS in gguf.tensors:
+        divisors_P = plain_array(gguf, names.GGUF_ROPE_DIVISORS).astype(np.float32)
+    vocab_size, tied = gguf.tensors[embed].shape[0], head not in gguf.tensors
+    return from_gguf(gguf.metadata, vocab_size, tied, str(path), divisors_P)
+
+
+def plain_array(gguf: GGUF, name: str) -> np.ndarray:
+    """A tensor of type F32, F16 or BF16 as it lies in the file, read-only."""
+    info = gguf.tensors[name]
+    dtype = FORMATS[info.type].dtype
+    if dtype is None:
+        raise InputError(f"tensor {name!r}: expected plain numbers, found {info.type}")
+    return view(gguf.data, dtype, info.shape, info.offset)
+
+
+def _weights(
+    gguf: GGUF, matched: Mapping[str, str], progress: Progress | None
+) -> dict[str, np.ndarray]:
+    """Every tensor by our name; blocks are decoded by a few threads while progress is told."""
+    weights: dict[str, np.ndarray] = {}
+    decoding: dict[str, list[Future]] = {}
+    with _pool() as pool:
+        for ours, theirs in matched.items():
+            info = gguf.tensors[theirs]
+            if FORMATS[info.type].dtype is not None:
+                weights[ours], decoding[ours] = plain_array(gguf, theirs), []
+            else:
+                weights[ours], decoding[ours] = start_decoding(
+                    info.type, gguf.stored(theirs), info.shape, pool
+                )
+        nbytes = {ours: w.nbytes for ours, w in weights.items()}
+        report(progress, nbytes, _as_finished(decoding))
+    return weights
+
+
+def _as_finished(decoding: Mapping[str, list[Future]]) -> Iterator[str]:
+    for name, futures in decoding.items():
+        for future in futures:
+            future.result()
+        yield name
+
+
+@contextmanager
+def _pool() -> Iterator[ThreadPoolExecutor]:
+    """Threads that drop the work still waiting if the block ends by an error or by Ctrl-C."""
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _tokenizer(gguf: GGUF, path: Path) -> Any:
+    from llama3np import tokenizer  # not needed for the weights alone
+
+    if gguf.metadata.get("tokenizer.ggml.model", "none") == "none":
+        return None
+    return tokenizer.from_gguf(gguf.metadata, str(path))
+
+
+def _layout(gguf: GGUF) -> str:
+    """The version and the matrices' types, the one with the most bytes first."""
+    nbytes: dict[str, int] = {}
+    for info in gguf.tensors.values():
+        if len(info.shape) == 2:
+            nbytes[info.type] = nbytes.get(info.type, 0) + info.nbytes
+    types = sorted(nbytes, key=nbytes.__getitem__, reverse=True)
+    return f"GGUF v{gguf.version}, {' and '.join(types)}"
+
+
+# ---- saving a model --------------------------------------------------------------------------
+
+
+def save_gguf(
+    path: str | Path,
+    config: Config,
+    params: Params,
+    extra_metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model as GGUF, each weight in its own dtype, q and k rows interleaved.
+
+    Raises InputError for a RoPE scaling that GGUF's divisors cannot express, and if there is
+    something at `path`.
+    """
+    config, params = names.with_pairing(config, params, "interleaved")
+    ours = named(params, config.tied)
+    tensors = {names.foreign(name, "gguf"): w for name, w in ours.items()}
+    if (scaling := config.rope_scaling) is not None:
+        theta, head_dim = config.rope_theta, config.head_dim
+        divisors_P = scaling.divisors_P(theta, head_dim).astype(np.float32)
+        if scaling_from_divisors(divisors_P, theta, head_dim, scaling.old_context) != scaling:
+            raise InputError(f"{path}: GGUF's RoPE divisors do not determine {scaling}")
+        tensors[names.GGUF_ROPE_DIVISORS] = divisors_P
+    write(path, _settings(config) | dict(extra_metadata or {}), tensors)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    settings = {
+        "block_count": config.n_layers,
+        "context_length": config.context_length,
+        "embedding_length": config.dim,
+        "feed_forward_length": config.ffn_dim,
+        "attention.head_count": config.n_heads,
+        "attention.head_count_kv": config.n_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": float(config.rope_theta),
+        "vocab_size": config.vocab_size,
+    }
+    if config.rope_scaling is not None:
+        settings["rope.scaling.original_context_length"] = config.rope_scaling.old_context
+    architecture = {"general.architecture": "llama"}
+    return architecture | {f"llama.{key}": value for key, value in settings.items()}

@@ -14,7 +14,7 @@ from llama3np.config import Config, from_hf
 from llama3np.errors import InputError
 from llama3np.load import names, safetensors
 from llama3np.load.checkpoint import DTYPES, Checkpoint, Progress, assemble, report
-from llama3np.load.files import parse_json, read_json, refuse_existing
+from llama3np.load.files import read_json, refuse_existing
 from llama3np.params import Params, named
 
 SINGLE = "model.safetensors"
@@ -36,7 +36,7 @@ def load(directory: Path, progress: Progress | None = None) -> Checkpoint:
     shapes = {name: w.shape for name, w in tensors.items()}
     matched = names.matched(shapes, config, "huggingface", str(directory))
     ours = {name: tensors[theirs] for name, theirs in matched.items()}
-    report(progress, {name: w.nbytes for name, w in ours.items()})
+    report(progress, {name: w.nbytes for name, w in ours.items()}, ours)
     tokenizer = _tokenizer(directory)
     files = "1 safetensors file" if n_files == 1 else f"{n_files} safetensors files"
     layout = f"Hugging Face directory, {files}, {_dtypes(ours.values())}"
@@ -56,7 +56,9 @@ def _read_weights(directory: Path) -> tuple[dict[str, np.ndarray], int]:
 def _read_shards(index: Path) -> tuple[dict[str, np.ndarray], int]:
     file_of = read_json(index).get("weight_map")
     if not isinstance(file_of, dict) or not all(isinstance(f, str) for f in file_of.values()):
-        raise InputError(f"{index}: expected weight_map to give each tensor's file, found otherwise")
+        raise InputError(
+            f"{index}: expected weight_map to give each tensor's file, found otherwise"
+        )
     tensors: dict[str, np.ndarray] = {}
     files = sorted(set(file_of.values()))
     for file in files:
@@ -76,7 +78,7 @@ def _drop_copied_head(tensors: dict[str, np.ndarray], directory: Path) -> None:
     head = tensors.pop(_HEAD, None)
     if head is not None and _EMBED in tensors and not _same_bits(head, tensors[_EMBED]):
         raise InputError(
-            f"{directory}: config.json has tie_word_embeddings, but {_HEAD} is not equal to {_EMBED}"
+            f"{directory}: config.json has tie_word_embeddings, but {_HEAD} differs from {_EMBED}"
         )
 
 
@@ -180,7 +182,8 @@ def _settings(config: Config, params: Params) -> dict[str, Any]:
         "max_position_embeddings": config.context_length,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_scaling": scaling and {
+        "rope_scaling": scaling
+        and {
             "rope_type": "llama3",
             "factor": scaling.factor,
             "low_freq_factor": scaling.low_freq_factor,
@@ -198,7 +201,7 @@ def _write_weights(
     if shard_bytes is None:
         return safetensors.write(directory / SINGLE, tensors)
     shards = _shards(tensors, shard_bytes)
-    file_of = {}
+    file_of: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         safetensors.write(directory / file, shard)

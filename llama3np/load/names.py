@@ -58,9 +58,9 @@ _ROWS = {row.ours: row for row in OF_MODEL + OF_LAYER}
 
 
 def foreign(ours: str, layout: str) -> str:
-    """Our name -> the name in "meta", "huggingface" or "gguf": "layers.3.wq" -> "blk.3.attn_q.weight".
+    """Our name -> the name in layout "meta", "huggingface" or "gguf".
 
-    Raises KeyError for a name that is not one of params.named_shapes.
+    "layers.3.wq" -> "blk.3.attn_q.weight". Raises KeyError for what is no name of ours.
     """
     prefix, _, field = ours.rpartition(".")
     name = getattr(_ROWS[field], layout)
