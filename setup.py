@@ -34,7 +34,6 @@ setup(
     extras_require={"test": TEST},
     entry_points={"console_scripts": ["llama3np = llama3np.cli:main"]},
     classifiers=[
-        "License :: OSI Approved :: MIT License",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -56,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         if debug:
-            raise
-        print(f"llama3np: {describe(error)}", file=sys.stderr)
+            traceback.print_exc()
+        else:
+            print(f"llama3np: {describe(error)}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
 
 

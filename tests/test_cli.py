@@ -1,0 +1,311 @@
+"""The command as a process: exit status, stdout, stderr, for good and bad input."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import paths
+import pytest
+
+from llama3np.config import Config
+from llama3np.load import save_hf
+from llama3np.params import random
+
+COMMAND = [sys.executable, "-c", "import sys; from llama3np.cli import main; sys.exit(main())"]
+TINY = Config(
+    dim=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, ffn_dim=20, vocab_size=30,
+    context_length=64, rope_pairing="half",
+)  # fmt: skip
+
+
+def llama3np(*args, stdin="", timeout=60):
+    return subprocess.run(
+        [*COMMAND, *map(str, args)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A Hugging Face directory of random weights, without a tokenizer."""
+    directory = tmp_path_factory.mktemp("checkpoints") / "tiny model ü"
+    save_hf(directory, TINY, random(TINY, np.random.default_rng(0)))
+    return directory
+
+
+def result(*args, **options):
+    """The JSON object of a run that went well and said nothing else."""
+    run = llama3np(*args, "--json", **options)
+    assert run.stderr == ""
+    assert run.returncode == 0
+    return json.loads(run.stdout)
+
+
+# ---- what works ----------------------------------------------------------------------------------
+
+
+def test_generate_prints_the_text_and_nothing_else():
+    run = llama3np("generate", paths.smollm2_gguf(), "Gravity is", "--max-new-tokens", 12)
+    text = " a fundamental concept in physics that describes the curvature of"
+    assert (run.returncode, run.stdout, run.stderr) == (0, text + " spacetime\n", "")
+
+
+def test_generate_by_the_name_of_an_installed_model():
+    paths.smollm2_gguf()
+    assert result("generate", "smollm2", "Gravity is", "--max-new-tokens", 2)["text"] == (
+        " a fundamental"
+    )
+
+
+def test_generate_json_has_every_key():
+    given = result(
+        *("generate", paths.smollm2_gguf(), "What is the capital of France?"),
+        *("--chat", "--logprobs", "--max-new-tokens", 20),
+    )
+    assert given["text"] == "The capital of France is Paris."
+    assert given["finish_reason"] == "stop"
+    assert given["ids"][-1] == 2
+    assert len(given["logprobs"]) == len(given["ids"]) == 8
+    assert all(logprob < 0 for logprob in given["logprobs"])
+    timings = given["timings"]
+    assert timings["prefill_tokens"] == len(given["prompt_ids"]) == 37
+    assert timings["decode_tokens"] == 7
+    assert min(timings["load_s"], timings["prefill_s"], timings["decode_s"]) > 0
+
+
+def test_generate_takes_ids_and_needs_no_tokenizer(tiny):
+    given = result("generate", tiny, "--prompt-ids", "3,1,4", "--max-new-tokens", 5)
+    assert given["prompt_ids"] == [3, 1, 4]
+    assert len(given["ids"]) == 5
+    assert given["finish_reason"] == "length"
+    assert "logprobs" not in given
+
+
+def test_generate_reads_standard_input():
+    run = llama3np(
+        *("generate", paths.smollm2_gguf(), "-", "--max-new-tokens", 2), stdin="Gravity is"
+    )
+    assert run.stdout == " a fundamental\n"
+
+
+def test_a_seed_repeats_a_sample(tiny):
+    options = ("--prompt-ids", "1", "--temperature", 1, "--top-k", 9, "--max-new-tokens", 12)
+    first, same = (result("generate", tiny, *options, "--seed", 5)["ids"] for _ in range(2))
+    assert first == same
+    assert first != result("generate", tiny, *options, "--seed", 6)["ids"]
+
+
+def test_float64_is_a_profile(tiny):
+    options = ("generate", tiny, "--prompt-ids", "1,2", "--max-new-tokens", 8, "--dtype")
+    assert result(*options, "float64")["ids"] == result(*options, "float32")["ids"]
+
+
+def test_chat_remembers_what_was_said():
+    run = llama3np(
+        *("chat", paths.smollm2_gguf(), "--max-new-tokens", 24, "--json"),
+        stdin="What is the capital of France?\nAnd of Italy?\n/exit\nnot read\n",
+    )
+    first, second = map(json.loads, run.stdout.splitlines())
+    assert first["text"] == "The capital of France is Paris."
+    shared = len(first["prompt_ids"]) + len(first["ids"])
+    assert second["prompt_ids"][:shared] == first["prompt_ids"] + first["ids"]
+    assert "Rome" in second["text"]
+
+
+def test_info_tells_the_architecture(tiny):
+    facts = result("info", tiny)
+    assert facts["config"]["n_kv_heads"] == 2
+    # 2 tables, then for each of 2 layers: q, o; k, v; 3 of the feed-forward; 2 norms; the last norm
+    parameters = 2 * 30 * 16 + 2 * (2 * 16 * 16 + 2 * 8 * 16 + 3 * 20 * 16 + 2 * 16) + 16
+    assert facts["parameters"] == parameters
+    assert facts["bytes"] == {"float32": 4 * parameters}
+    assert facts["cache_bytes_per_token"] == 2 * 2 * 2 * 4 * 4
+    shown = llama3np("info", tiny).stdout
+    assert "Hugging Face" in shown
+    assert "n_kv_heads" in shown
+
+
+def test_a_pipe_gets_no_control_characters(tiny):
+    for args in (("info", tiny), ("generate", tiny, "--prompt-ids", "1"), ("--help",)):
+        run = llama3np(*args)
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", run.stdout + run.stderr)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
+def test_a_terminal_sees_progress_and_the_text_stays_clean():
+    import pty
+
+    ours, theirs = pty.openpty()
+    command = [*COMMAND, "generate", str(paths.smollm2_gguf()), "Hi", "--max-new-tokens", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            seen += os.read(ours, 4096)
+        except OSError:  # the other end has closed
+            break
+    assert b"loading" in seen
+    assert b"tokens" in seen
+    assert b"\x1b" not in process.communicate()[0]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ctrl_c_keeps_what_was_printed_and_exits_130(as_json):
+    whole = llama3np("generate", paths.smollm2_gguf(), "Gravity is", "--max-new-tokens", 40).stdout
+    command = [*COMMAND, "generate", paths.smollm2_gguf(), "Gravity is", "--max-new-tokens", "4000"]
+    process = subprocess.Popen(
+        [*command, "--json"] if as_json else command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+    start = "" if as_json else process.stdout.read(30)
+    time.sleep(2 if as_json else 0.1)  # JSON comes at the end: let it work for a while
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert errors == ""
+    if as_json:
+        given = json.loads(rest)
+        assert given["finish_reason"] == "interrupted"
+        text = given["text"]
+    else:
+        text = start + rest.removesuffix("\n")
+    shorter = min(len(text), len(whole) - 1)
+    assert shorter > 0
+    assert text[:shorter] == whole[:shorter]
+
+
+def test_a_reader_that_leaves_is_no_error():
+    command = [*COMMAND, "generate", paths.smollm2_gguf(), "Gravity is", "--max-new-tokens", "400"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.read(5)
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    assert process.wait(timeout=20) == 1
+
+
+def test_no_command_imports_a_framework(tiny):
+    """Nor does the plain path import what only other paths need."""
+    code = (
+        "import sys; from llama3np.cli import main; main(sys.argv[1:]); "
+        "print(*sorted({'torch', 'cupy', 'numba', 'transformers', 'rich'} & set(sys.modules)))"
+    )
+    for args in (["generate", str(tiny), "--prompt-ids", "1", "--max-new-tokens", "1"],):
+        run = subprocess.run(
+            [sys.executable, "-c", code, *args], capture_output=True, text=True, check=True
+        )
+        assert run.stdout.splitlines()[-1] == ""
+
+
+# ---- what does not -------------------------------------------------------------------------------
+
+
+def refused(*args, **options):
+    """The one sentence of a user's mistake: status 2, nothing on stdout, no traceback."""
+    run = llama3np(*args, **options)
+    assert run.returncode == 2, run.stderr
+    assert run.stdout == ""
+    assert run.stderr.startswith("llama3np: ")
+    assert run.stderr.count("\n") == 1
+    assert "Traceback" not in run.stderr
+    return run.stderr
+
+
+def test_a_missing_path_is_named(tmp_path):
+    assert "no-such.gguf" in refused("generate", tmp_path / "no-such.gguf", "Hi")
+    assert "smollm3" in refused("generate", "smollm3", "Hi")
+
+
+def test_a_text_file_renamed_gguf_is_refused(tmp_path):
+    file = tmp_path / "notes.gguf"
+    file.write_text("not a model, only a name " * 50, encoding="utf-8")
+    assert "notes.gguf" in refused("generate", file, "Hi")
+
+
+def test_an_empty_file_and_an_empty_directory_are_refused(tmp_path):
+    (tmp_path / "empty.gguf").touch()
+    (tmp_path / "nothing").mkdir()
+    assert "empty.gguf" in refused("info", tmp_path / "empty.gguf")
+    assert "nothing" in refused("info", tmp_path / "nothing")
+
+
+def test_a_truncated_safetensors_is_refused(tiny, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((tiny / name).read_bytes())
+    whole = (tiny / "model.safetensors").read_bytes()
+    for size in (len(whole) - 1, len(whole) // 2, 100, 4):
+        (tmp_path / "model.safetensors").write_bytes(whole[:size])
+        assert "model.safetensors" in refused("generate", tmp_path, "--prompt-ids", "1")
+
+
+def test_token_ids_out_of_range_are_refused(tiny):
+    for wrong in (30, -1, 10**30):
+        message = refused("generate", tiny, f"--prompt-ids=1,{wrong}")
+        assert str(wrong) in message
+
+
+def test_a_prompt_too_long_states_the_three_numbers(tiny):
+    ids = ",".join(["1"] * 60)
+    message = refused("generate", tiny, "--prompt-ids", ids, "--max-new-tokens", 5)
+    assert re.search(r"60 tokens.* 5 .*64", message)
+    message = refused("generate", tiny, "--prompt-ids", "1,2,3", "--max-seq-len", 2)
+    assert re.search(r"3 tokens.* 1 .*2", message)
+
+
+def test_an_empty_prompt_is_refused_where_the_model_has_no_bos():
+    assert "prompt" in refused("generate", paths.smollm2_gguf(), "")
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--prompt-ids", "1,x"], "'x'"),
+        (["--prompt-ids", ""], "--prompt-ids"),
+        ([], "PROMPT"),
+        (["text", "--prompt-ids", "1"], "PROMPT"),
+        (["text"], "tokenizer"),
+        (["text", "--chat"], "tokenizer"),
+        (["text", "--system", "s"], "--chat"),
+        (["--prompt-ids", "1", "--temperature", "-1"], "temperature"),
+        (["--prompt-ids", "1", "--top-p", "0"], "top_p"),
+        (["--prompt-ids", "1", "--top-k", "-3"], "top_k"),
+        (["--prompt-ids", "1", "--seed", "-3"], "seed"),
+        (["--prompt-ids", "1", "--max-new-tokens", "-3"], "max_new_tokens"),
+        (["--prompt-ids", "1", "--max-new-tokens", "many"], "many"),
+        (["--prompt-ids", "1", "--max-seq-len", "0"], "max_seq_len"),
+        (["--prompt-ids", "1", "--dtype", "float8"], "float8"),
+        (["--prompt-ids", "1", "--device", "tpu"], "tpu"),
+        (["--prompt-ids", "1", "--no-such-option"], "--no-such-option"),
+    ],
+)
+def test_wrong_options_are_named(tiny, args, named):
+    assert named in refused("generate", tiny, *args)
+
+
+def test_chat_needs_a_tokenizer(tiny):
+    assert "tokenizer" in refused("chat", tiny, stdin="Hi\n")
+
+
+def test_no_command_and_an_unknown_one_are_refused():
+    assert "COMMAND" in refused()
+    assert "dance" in refused("dance")
+
+
+def test_debug_shows_where(tmp_path):
+    run = llama3np("generate", tmp_path / "none.gguf", "Hi", "--debug")
+    assert run.returncode == 2
+    assert "Traceback" in run.stderr

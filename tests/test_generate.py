@@ -1,0 +1,181 @@
+"""Generation: what is fed, in which order, and where it ends."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import models, ragged_runs, runs
+
+from llama3np import generate as generation
+from llama3np.errors import InputError
+from llama3np.llm import Llama
+from llama3np.sample import log_softmax
+
+
+def llama(model, **options):
+    return Llama(model.config, model.params, **{"dtype": "float64", **options})
+
+
+def greedy_by_recomputation(llm, ids, count):
+    """The next ids with no cache at all: the whole sequence anew for every token."""
+    sequence = list(ids)
+    for _ in range(count):
+        sequence.append(int(llm.forward(sequence)[0, -1].argmax()))
+    return sequence[len(ids) :]
+
+
+@given(runs(), st.integers(1, 6))
+def test_greedy_equals_recomputing_everything_for_each_token(run, count):
+    """No position is skipped, no slot is left empty, and max_new_tokens means new tokens."""
+    model, ids = run
+    llm = llama(model)
+    (completion,) = llm.generate(ids, max_new_tokens=count)
+    assert completion.ids == greedy_by_recomputation(llm, ids, count)
+    assert completion.finish_reason == "length"
+
+
+@given(ragged_runs(min_rows=2), st.integers(1, 5), st.sampled_from([0.0, 0.8]))
+def test_a_batch_continues_every_row_as_if_alone(drawn, count, temperature):
+    """Rows of other lengths that stop at other times change nothing; row 0's draws are its own."""
+    model, rows, _ = drawn
+    llm = llama(model, stop_ids=[0, 1])
+    together = llm.generate(rows, count, temperature=temperature, seed=5)
+    for row, completion in enumerate(together):
+        if temperature == 0 or row == 0:
+            assert completion == llm.generate(rows[row], count, temperature=temperature, seed=5)[0]
+
+
+@given(runs(), st.integers(1, 6), st.data())
+def test_the_first_stop_id_ends_a_row_and_is_its_last_id(run, count, data):
+    model, ids = run
+    free = llama(model).generate(ids, count)[0].ids
+    stop = data.draw(st.sampled_from(free))
+    completion = llama(model, stop_ids=[stop]).generate(ids, count)[0]
+    assert completion.ids == free[: free.index(stop) + 1]
+    assert completion.finish_reason == "stop"
+
+
+@given(runs(), st.integers(1, 6), st.integers(0, 99))
+def test_stream_yields_what_generate_returns(run, count, seed):
+    model, ids = run
+    llm = llama(model, stop_ids=[1])
+    options = {"temperature": 1.0, "seed": seed, "logprobs": True}
+    steps = list(llm.stream(ids, count, **options))
+    (completion,) = llm.generate([ids], count, **options)
+    assert [step.id for step in steps] == completion.ids
+    assert [step.logprob for step in steps] == completion.logprobs
+    assert [step.finish_reason for step in steps] == [None] * (len(steps) - 1) + [
+        completion.finish_reason
+    ]
+
+
+@given(runs(min_tokens=2), st.integers(1, 4))
+def test_logprobs_are_those_of_the_model_without_a_cache(run, count):
+    model, ids = run
+    llm = llama(model)
+    (completion,) = llm.generate(ids, count, temperature=0.7, top_k=3, seed=1, logprobs=True)
+    whole = [*ids, *completion.ids]
+    expected = log_softmax(llm.forward(whole)[0])[np.arange(len(whole) - 1), whole[1:]]
+    np.testing.assert_allclose(completion.logprobs, expected[len(ids) - 1 :], atol=1e-9)
+    np.testing.assert_allclose(llm.score(whole), expected, atol=1e-9)
+
+
+@given(ragged_runs(), st.integers(1, 4))
+def test_prefill_in_chunks_equals_prefill_at_once(drawn, chunk):
+    model, rows, _ = drawn
+    llm = llama(model)
+    at_once = generation.prefill(llm._run, llm.new_cache(len(rows), 9), rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "CHUNK", chunk)
+        chunked = generation.prefill(llm._run, llm.new_cache(len(rows), 9), rows)
+        scores = [llm.score(row) for row in rows if len(row) > 1]
+    np.testing.assert_allclose(chunked, at_once, rtol=1e-9, atol=1e-9)
+    for row_scores, row in zip(scores, [row for row in rows if len(row) > 1], strict=True):
+        np.testing.assert_allclose(row_scores, llm.score(row), rtol=1e-9, atol=1e-9)
+
+
+@given(runs(), st.data())
+def test_a_stream_continues_a_cache(run, data):
+    """Two streams over one cache give what one stream gives."""
+    model, ids = run
+    llm = llama(model)
+    whole = [step.id for step in llm.stream(ids, 4)]
+    first = data.draw(st.integers(1, 3))
+    cache = llm.new_cache(1, len(ids) + 8)
+    start = [step.id for step in llm.stream(ids, first, cache=cache)]
+    rest = [step.id for step in llm.stream(start[-1:], 4 - first, cache=cache)]
+    assert start + rest == whole
+
+
+@given(models(), st.integers(0, 3))
+def test_a_prompt_too_long_states_the_three_numbers_before_any_work(model, extra):
+    llm = llama(model, max_seq_len=8)
+    calls = []
+    llm._run = lambda *args: calls.append(args)
+    for call in (llm.generate, llm.stream):
+        with pytest.raises(InputError, match=rf"6 tokens.* {3 + extra} .*max_seq_len 8"):
+            call([0] * 6, max_new_tokens=3 + extra)
+    assert not calls
+
+
+@given(models())
+def test_max_new_tokens_defaults_to_what_fits_and_may_be_0(model):
+    llm = llama(model, max_seq_len=8)
+    assert len(llm.generate([0] * 6)[0].ids) == 2
+    assert llm.generate([0] * 8, 0) == [([], "", None, "length")]
+    assert llm.generate([], 3) == []
+    with pytest.raises(InputError, match="max_new_tokens"):
+        llm.generate([0], -1)
+
+
+@given(models(), st.sampled_from([-1, "V", 10**12]))
+def test_ids_outside_the_vocabulary_are_an_error(model, wrong):
+    llm = llama(model)
+    wrong = model.config.vocab_size if wrong == "V" else wrong
+    for call in (llm.generate, llm.stream, llm.forward, llm.score):
+        with pytest.raises(InputError, match=f"found {wrong}"):
+            call([0, wrong, 0])
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([], "none|empty"),
+        ([[0], []], "none|empty"),
+        ([0.5], "integers"),
+        ([[0], [[1]]], "integers"),
+    ],
+)
+@given(models())
+def test_prompts_that_are_no_prompts_are_an_error(ids, message, model):
+    llm = llama(model)
+    with pytest.raises(InputError, match=message):
+        llm.forward(ids)
+    if ids != []:  # no prompt at all is an empty batch for generate
+        with pytest.raises(InputError, match=message):
+            llm.generate(ids, 1)
+
+
+@given(models())
+def test_an_unknown_option_is_named(model):
+    with pytest.raises(InputError, match="temprature"):
+        llama(model).generate([0], 1, temprature=1.0)
+
+
+@given(models())
+def test_text_without_a_tokenizer_is_an_error(model):
+    with pytest.raises(InputError, match="tokenizer"):
+        llama(model).generate("text", 1)
+
+
+@given(ragged_runs())
+def test_forward_takes_lists_ragged_lists_and_arrays(drawn):
+    model, rows, _ = drawn
+    llm = llama(model)
+    alone = [llm.forward(row)[0] for row in rows]
+    together = llm.forward(rows)
+    for logits_TV, logits_BTV, row in zip(alone, together, rows, strict=True):
+        np.testing.assert_allclose(logits_BTV[: len(row)], logits_TV, rtol=1e-9, atol=1e-9)
+    last_B1V = llm.forward(rows, last_only=True)
+    assert last_B1V.shape == (len(rows), 1, model.config.vocab_size)
+    np.testing.assert_allclose(llm.forward(np.array(rows[0]))[0], alone[0])

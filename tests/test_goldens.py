@@ -1,0 +1,195 @@
+"""Real models against reference outputs made by other implementations (goldens/README.md).
+
+1e-3 on a logit passes every right float32 forward pass and fails each single mistake that was
+tried, a wrong norm epsilon included; equal greedy ids alone do not.
+"""
+
+import hashlib
+import json
+
+import numpy as np
+import paths
+import pytest
+
+import llama3np
+
+LOGIT = 1e-3  # absolute, against the float64 reference
+NLL = 1e-5  # relative
+
+SMOLLM2 = json.loads((paths.GOLDENS / "smollm2_135m_q4_1.json").read_text(encoding="utf-8"))
+SMOLLM2_ITEMS = [pytest.param(item, id=item["id"]) for item in SMOLLM2["items"]]
+STORIES_IDS = ("bos_only", "tim", "lily_ben", "cat", "quote")
+STORIES_FILES = ("stories260K.bin", "stories260K-hf")
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return llama3np.load(paths.smollm2_gguf())
+
+
+@pytest.fixture(scope="module")
+def smollm2_arrays():
+    return np.load(paths.GOLDENS / "smollm2_135m_q4_1_arrays.npz")
+
+
+@pytest.fixture(scope="module")
+def stories():
+    golden = json.loads(paths.shared("goldens/stories260k.json").read_text(encoding="utf-8"))
+    return golden | {"items": {item["id"]: item for item in golden["items"]}}
+
+
+@pytest.fixture(scope="module")
+def stories_arrays():
+    return np.load(paths.shared("goldens/stories260k_arrays.npz"))
+
+
+@pytest.fixture(scope="module", params=STORIES_FILES)
+def stories_llm(request):
+    return llama3np.load(paths.shared(f"data/{request.param}"))
+
+
+def generated_with_stop(item):
+    """The reference leaves the stop id out; ours ends with it."""
+    return item["generated_ids"] + ([item["stop_id"]] if item["stop_id"] is not None else [])
+
+
+def logits_of_steps(llm, item):
+    """Logits before each generated id: prefill of the prompt, then one id at a time."""
+    cache = llm.new_cache(1, len(item["prompt_ids"]) + len(item["steps"]))
+    yield llm.forward(item["prompt_ids"], cache, last_only=True)[0, 0]
+    for id in item["generated_ids"][: len(item["steps"]) - 1]:
+        yield llm.forward([id], cache)[0, 0]
+
+
+def check_steps(llm, item):
+    """Compare the top 5 of every step, and return how many logits were compared."""
+    compared = 0
+    for logits_V, step in zip(logits_of_steps(llm, item), item["steps"], strict=True):
+        assert logits_V.argmax() == step["top5_ids"][0]
+        error = np.abs(logits_V[step["top5_ids"]] - step["top5_logits"])
+        assert error.max() < LOGIT
+        if "logsumexp" in step:
+            logsumexp = np.log(np.exp(logits_V.astype(float)).sum())
+            assert abs(logsumexp - step["logsumexp"]) < LOGIT
+        compared += error.size
+    return compared
+
+
+def residual_stream(llm, ids):
+    """The stream after the embedding and each layer (L+1, T, D), and after the last norm (T, D)."""
+    taps = {}
+    llm.forward(ids, tap=lambda name, array: taps.update({name: array[0].copy()}))
+    names = ["embed", *(f"layers.{i}.h" for i in range(llm.config.n_layers))]
+    return np.stack([taps[name] for name in names]), taps["norm"]
+
+
+# ---- SmolLM2-135M-Instruct, Q4_1 GGUF ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("item", SMOLLM2_ITEMS)
+def test_smollm2_generates_the_reference_ids_and_text(smollm2, item):
+    (completion,) = smollm2.generate(item["prompt_ids"], item["max_new_tokens"])
+    assert completion.ids == generated_with_stop(item)
+    assert completion.text == item["generated_text"]
+    assert completion.finish_reason == ("length" if item["stop"] == "length" else "stop")
+
+
+def test_smollm2_generates_the_same_in_one_ragged_batch(smollm2):
+    items = SMOLLM2["items"]
+    completions = smollm2.generate([item["prompt_ids"] for item in items], 64)
+    assert [c.ids for c in completions] == [generated_with_stop(item) for item in items]
+
+
+@pytest.mark.parametrize("item", SMOLLM2_ITEMS)
+def test_smollm2_logits_at_every_step(smollm2, item):
+    assert check_steps(smollm2, item) == 5 * len(item["steps"])
+
+
+@pytest.mark.parametrize("item", SMOLLM2_ITEMS)
+def test_smollm2_all_logits_after_the_prompt(smollm2, smollm2_arrays, item):
+    logits_V = smollm2.forward(item["prompt_ids"], last_only=True)[0, 0]
+    reference_V = smollm2_arrays[f"prefill_last_logits/{item['id']}"]
+    assert np.abs(logits_V - reference_V).max() < LOGIT
+
+
+def test_smollm2_residual_stream(smollm2, smollm2_arrays):
+    """Relative to the largest entry of each layer: float32 rounding, 30 layers deep."""
+    item = next(item for item in SMOLLM2["items"] if item["id"] == "plain_gravity")
+    hidden_LTD, norm_TD = residual_stream(smollm2, item["prompt_ids"])
+    for name, ours, reference in (
+        *zip(range(99), hidden_LTD, smollm2_arrays["hidden/plain_gravity"], strict=False),
+        ("norm", norm_TD, smollm2_arrays["final_norm/plain_gravity"]),
+    ):
+        assert np.abs(ours - reference).max() < 1e-5 * np.abs(reference).max(), name
+
+
+def test_smollm2_prompts_encode_to_the_reference_ids(smollm2):
+    for item in SMOLLM2["items"]:
+        if item["messages"] is None:
+            assert smollm2.encode(item["prompt"]) == item["prompt_ids"]
+
+
+def test_smollm2_negative_log_likelihood_of_1000_tokens(smollm2, smollm2_arrays):
+    text = paths.shared("data/tinyshakespeare.txt").read_text(encoding="utf-8")
+    golden = SMOLLM2["nll"]
+    ids = smollm2.encode(text[:5000])[:1000]
+    assert (
+        hashlib.sha256(np.array(ids, "<i4").tobytes()).hexdigest() == golden["ids_sha256_int32le"]
+    )
+    nll_T = -smollm2.score(ids)
+    assert nll_T.sum() == pytest.approx(golden["sum_nll_fp64"], rel=NLL)
+    assert np.abs(nll_T - smollm2_arrays["nll_per_token"]).max() < LOGIT
+
+
+# ---- stories260K, llama2.c and Hugging Face files ------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STORIES_IDS)
+def test_stories_generates_the_reference_ids(stories_llm, stories, name):
+    item = stories["items"][name]
+    stops = [1, 2]
+    (completion,) = stories_llm.generate(item["prompt_ids"], item["max_new_tokens"], stop_ids=stops)
+    assert completion.ids == generated_with_stop(item)
+
+
+@pytest.mark.parametrize("name", STORIES_IDS)
+def test_stories_text(stories, name):
+    """From text to text: the tokenizer beside the file, BOS, the dropped space, the stop ids."""
+    item = stories["items"][name]
+    llm = llama3np.load(paths.shared("data/stories260K.bin"))
+    (completion,) = llm.generate(item["prompt"], item["max_new_tokens"])
+    assert completion.ids == generated_with_stop(item)
+    assert item["prompt"] + completion.text == item["text"]
+
+
+@pytest.mark.parametrize("name", STORIES_IDS)
+def test_stories_logits(stories_llm, stories, stories_arrays, name):
+    """At every position by prefill, and at every step by decode."""
+    item = stories["items"][name]
+    reference_TV = stories_arrays[f"logits/{name}"]
+    ids = (item["prompt_ids"] + item["generated_ids"])[: len(reference_TV)]
+    assert np.abs(stories_llm.forward(ids)[0] - reference_TV).max() < LOGIT
+    assert check_steps(stories_llm, item) == 5 * len(item["steps"])
+
+
+def test_stories_residual_stream(stories_llm, stories, stories_arrays):
+    item = stories["items"]["tim"]
+    hidden_LTD = stories_arrays["hidden/tim"]
+    ids = (item["prompt_ids"] + item["generated_ids"])[: hidden_LTD.shape[1]]
+    ours_LTD, norm_TD = residual_stream(stories_llm, ids)
+    assert np.abs(ours_LTD - hidden_LTD).max() < LOGIT
+    assert np.abs(norm_TD - stories_arrays["final_norm/tim"]).max() < LOGIT
+
+
+def test_stories_negative_log_likelihood(stories_llm, stories):
+    golden = stories["nll"]
+    nll = -stories_llm.score(golden["ids"]).sum()
+    assert nll == pytest.approx(golden["sum_nll_fp64"], rel=NLL)
+
+
+def test_stories_in_float64_equals_the_reference_to_its_printed_digits(stories, stories_arrays):
+    """The oracle profile. Its angles are float64 as the reference's are, so little is left over."""
+    llm = llama3np.load(paths.shared("data/stories260K.bin"), dtype="float64")
+    item = stories["items"]["lily_ben"]
+    ids = (item["prompt_ids"] + item["generated_ids"])[: len(stories_arrays["logits/lily_ben"])]
+    assert np.abs(llm.forward(ids)[0] - stories_arrays["logits/lily_ben"]).max() < 1e-9
