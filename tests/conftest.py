@@ -1,0 +1,30 @@
+"""Hypothesis profiles, and one line at the end that says what was skipped and why."""
+
+import os
+from collections import Counter
+
+from hypothesis import HealthCheck, settings
+
+# No deadline: the first call of a test compiles and imports, and machines are shared.
+settings.register_profile(
+    "local",
+    deadline=None,
+    max_examples=50,
+    stateful_step_count=20,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+# A server repeats the same examples, so that a red build is the fault of its change.
+settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
+# To hunt: pytest --hypothesis-profile=thorough.
+settings.register_profile("thorough", settings.get_profile("local"), max_examples=1000)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = terminalreporter.stats.get("skipped", [])
+    if not reports:
+        return
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in reports)
+    told = "; ".join(f"{count} because: {reason}" for reason, count in reasons.most_common())
+    terminalreporter.write_line(f"{len(reports)} tests skipped, {told}")

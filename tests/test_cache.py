@@ -1,0 +1,328 @@
+"""The cache: what it forgets, copies, refuses; and whatever is done to it, what the model sees."""
+
+import numpy as np
+import pytest
+from checks import assert_close, assert_same
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from runs import extend, run
+from strategies import (
+    MAX_TOKENS,
+    Model,
+    configs,
+    models,
+    padded,
+    ragged_runs,
+    runs,
+    token_ids,
+)
+
+from llama3np.cache import new_cache
+from llama3np.config import Config
+from llama3np.errors import InputError
+from llama3np.model import forward
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+EXACT = 1e-10  # float64, as in test_model.py
+SMALL = Model(Config(5, 2, 4, 2, 2, 3, 7), seed=3)
+
+
+def filled(model, rows, pad=0, slots=MAX_TOKENS):
+    """A cache that holds these rows of ids."""
+    cache = new_cache(model.config, len(rows), slots, "float64")
+    ids_BT, new_B = padded(rows, pad)
+    extend(model, ids_BT, cache, new_B=new_B)
+    return cache
+
+
+def contents(cache):
+    return [array.copy() for array in (*cache.k, *cache.v)]
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+@given(configs(), st.integers(1, 3), st.integers(1, 9), st.sampled_from(["float32", "float64"]))
+def test_a_new_cache_reserves_what_it_says(config, batch, slots, dtype):
+    cache = new_cache(config, batch, slots, dtype)
+    numbers = 2 * config.n_layers * batch * config.n_kv_heads * slots * config.head_dim
+    assert cache.nbytes == numbers * np.dtype(dtype).itemsize
+    assert (cache.batch, cache.max_seq_len) == (batch, slots)
+    assert cache.lengths_B.tolist() == [0] * batch
+    assert {array.dtype for array in (*cache.k, *cache.v)} == {np.dtype(dtype)}
+
+
+def test_the_arrays_stay_where_they_are():
+    """A step writes in place: no reallocation, no growth."""
+    cache = new_cache(SMALL.config, 1, 4, "float64")
+    before = [array.ctypes.data for array in (*cache.k, *cache.v)]
+    for token in (1, 2, 3):
+        extend(SMALL, [[token]], cache)
+    cache.trim(1)
+    assert [array.ctypes.data for array in (*cache.k, *cache.v)] == before
+
+
+@given(ragged_runs())
+def test_a_call_writes_the_slots_of_its_real_tokens_and_no_others(run_of):
+    model, rows, pad = run_of
+    cache = new_cache(model.config, len(rows), MAX_TOKENS, "float64")
+    for array in (*cache.k, *cache.v):
+        array[:] = 7e77
+    ids_BT, new_B = padded(rows, pad)
+    extend(model, ids_BT, cache, new_B=new_B)
+    for array_BKSH in (*cache.k, *cache.v):
+        untouched_BKSH = array_BKSH == 7e77
+        for b, length in enumerate(new_B):
+            assert not untouched_BKSH[b, :, :length].any()
+            assert untouched_BKSH[b, :, length:].all()
+
+
+@given(runs(min_tokens=2), st.sampled_from([1e30, -1e30]), st.data())
+def test_slots_beyond_the_length_are_never_seen(run_of, garbage, data):
+    model, ids = run_of
+    held = data.draw(st.integers(0, len(ids) - 1), label="held")
+    clean = new_cache(model.config, 1, len(ids) + 2, "float64")
+    if held:
+        extend(model, [ids[:held]], clean)
+    dirty = clean.fork()
+    for array_BKSH in (*dirty.k, *dirty.v):
+        array_BKSH[:, :, held:] = garbage
+    new = [ids[held:]]
+    assert_same(extend(model, new, dirty), extend(model, new, clean), "logits")
+
+
+# ---- trim, reset, fork --------------------------------------------------------------------------
+
+
+@given(ragged_runs(), st.data())
+def test_trim_and_extend_equals_never_having_gone_further(run_of, data):
+    model, rows, pad = run_of
+    kept = [data.draw(st.integers(0, len(row)), label="kept") for row in rows]
+    new = [data.draw(token_ids(model.config.vocab_size, 1, 4), label="new") for _ in rows]
+    cache = filled(model, rows, pad, slots=2 * MAX_TOKENS).trim(kept)
+    ids_BT, new_B = padded(new, pad)
+    found = extend(model, ids_BT, cache, new_B=new_B)
+    for b, (row, length, after) in enumerate(zip(rows, kept, new, strict=True)):
+        expected = run(model, [row[:length] + after])[0, length:]
+        assert_close(found[b, : len(after)], expected, EXACT, f"row {b}: logits")
+
+
+@given(ragged_runs())
+def test_reset_equals_a_new_cache(run_of):
+    model, rows, pad = run_of
+    cache = filled(model, rows, pad).reset()
+    assert cache.lengths_B.tolist() == [0] * len(rows)
+    ids = [[1] * len(rows[0])] * len(rows)
+    assert_close(extend(model, ids, cache), run(model, ids), EXACT, "logits")
+
+
+def test_one_length_trims_every_row():
+    assert filled(SMALL, [[1, 2, 3], [4, 5]]).trim(2).lengths_B.tolist() == [2, 2]
+
+
+def test_trim_and_reset_return_the_cache_itself():
+    cache = filled(SMALL, [[1, 2]])
+    assert cache.trim(1) is cache
+    assert cache.reset() is cache
+
+
+def test_trim_keeps_its_own_lengths():
+    cache, lengths = filled(SMALL, [[1, 2], [3, 4]]), np.array([1, 2])
+    cache.trim(lengths)
+    lengths[:] = 0
+    assert cache.lengths_B.tolist() == [1, 2]
+
+
+@given(ragged_runs(), st.data())
+def test_a_fork_goes_on_as_the_rows_it_was_taken_from(run_of, data):
+    model, rows, pad = run_of
+    row = st.integers(0, len(rows) - 1)
+    chosen = data.draw(st.none() | st.lists(row, min_size=1, max_size=4), label="rows")
+    fork = filled(model, rows, pad).fork(chosen)
+    taken = [rows[b] for b in (range(len(rows)) if chosen is None else chosen)]
+    assert fork.lengths_B.tolist() == [len(ids) for ids in taken]
+    fork.trim(fork.lengths_B - 1)  # room for one token more, and a way to see all before it
+    last = [[ids[-1]] for ids in taken]
+    for b, (found, ids) in enumerate(zip(extend(model, last, fork), taken, strict=True)):
+        assert_close(found, run(model, [ids])[0, -1:], EXACT, f"row {b}: logits")
+
+
+@pytest.mark.parametrize("rows", [None, [0, 1], [1, 1]])
+def test_a_fork_and_its_source_share_no_memory(rows):
+    source = filled(SMALL, [[1, 2], [3]])
+    fork = source.fork(rows)
+    before, lengths = contents(source), source.lengths_B.copy()
+    for array in (*fork.k, *fork.v):
+        array[:] = np.nan
+    fork.lengths_B[:] = 0
+    for array, expected in zip(contents(source), before, strict=True):
+        assert_same(array, expected, "source")
+    assert_same(source.lengths_B, lengths, "lengths")
+
+
+def test_a_row_forked_twice_is_two_rows():
+    fork = filled(SMALL, [[1, 2]]).fork([0, 0])
+    logits_BTV = extend(SMALL, [[3], [4]], fork)
+    for b, token in enumerate((3, 4)):
+        assert_close(logits_BTV[b], run(SMALL, [[1, 2, token]])[0, -1:], EXACT, f"row {b}")
+
+
+# ---- what is refused, and leaves no trace -------------------------------------------------------
+
+
+def assert_refused(cache, match, call):
+    before, lengths = contents(cache), cache.lengths_B.tolist()
+    with pytest.raises(InputError, match=match):
+        call()
+    assert cache.lengths_B.tolist() == lengths
+    for array, expected in zip(contents(cache), before, strict=True):
+        assert_same(array, expected, "cache")
+
+
+def call_forward(cache, ids, **options):
+    return lambda: forward(SMALL.params, SMALL.config, ids, cache, dtype="float64", **options)
+
+
+def test_more_tokens_than_fit_are_refused_with_the_numbers():
+    cache = filled(SMALL, [[1], [1, 2, 3]], slots=5)
+    assert_refused(cache, r"row 1 .*3 .*3 .*5", call_forward(cache, [[1, 2, 3], [1, 2, 3]]))
+
+
+def test_a_cache_can_be_filled_to_the_last_slot():
+    cache = new_cache(SMALL.config, 1, 3, "float64")
+    assert_close(extend(SMALL, [[1, 2, 3]], cache), run(SMALL, [[1, 2, 3]]), EXACT, "logits")
+    assert_refused(cache, "3", call_forward(cache, [[4]]))
+
+
+def test_padding_needs_no_slots():
+    """A short row may be padded past the end of the cache."""
+    cache = filled(SMALL, [[1, 2, 3], [1]], slots=4)
+    found = extend(SMALL, [[4, 0, 0], [2, 3, 4]], cache, new_B=[1, 3])
+    assert cache.lengths_B.tolist() == [4, 4]
+    assert_close(found[0, 0], run(SMALL, [[1, 2, 3, 4]])[0, -1], EXACT, "row 0")
+    assert_close(found[1], run(SMALL, [[1, 2, 3, 4]])[0, 1:], EXACT, "row 1")
+
+
+@pytest.mark.parametrize("new_B", [[1], [1, 1, 1], [1, 3], [-1, 1], [[1, 1]]])
+def test_counts_that_do_not_describe_the_rows_are_refused(new_B):
+    cache = filled(SMALL, [[1], [2]])
+    assert_refused(cache, "2 counts", call_forward(cache, [[1, 2], [3, 4]], new_B=new_B))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_another_number_of_rows_is_refused(rows):
+    cache = filled(SMALL, [[1], [2]])
+    assert_refused(cache, f"2 rows.*{rows}", call_forward(cache, [[1]] * rows))
+
+
+@pytest.mark.parametrize("lengths", [-1, 3, [1, 3], [2, -1]])
+def test_trimming_to_a_length_that_is_not_held_is_refused(lengths):
+    cache = filled(SMALL, [[1, 2], [1, 2]])
+    assert_refused(cache, "cache", lambda: cache.trim(lengths))
+
+
+@pytest.mark.parametrize("rows", [[], [2], [-1], [0, 5]])
+def test_forking_rows_that_are_not_there_is_refused(rows):
+    cache = filled(SMALL, [[1, 2], [1, 2]])
+    assert_refused(cache, "cache", lambda: cache.fork(rows))
+
+
+@pytest.mark.parametrize(("batch", "slots"), [(0, 1), (1, 0), (-1, 4), (4, -1)])
+def test_a_cache_of_nothing_is_refused(batch, slots):
+    with pytest.raises(InputError, match=f"{batch} and {slots}"):
+        new_cache(SMALL.config, batch, slots)
+
+
+def test_a_call_that_is_broken_off_leaves_the_lengths():
+    """Ctrl-C in the middle of a step: the same step can be taken again."""
+    cache = filled(SMALL, [[1, 2]])
+
+    def interrupted(name, array):
+        if name == "layers.1.scores":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extend(SMALL, [[3]], cache, tap=interrupted)
+    assert cache.lengths_B.tolist() == [2]
+    assert_close(extend(SMALL, [[3]], cache), run(SMALL, [[1, 2, 3]])[:, -1:], EXACT, "logits")
+
+
+# ---- any history --------------------------------------------------------------------------------
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Caches driven at random, against the lists of tokens that they should hold.
+
+    Every append is checked against the same tokens sent through the model from nothing. Forks
+    stay alive beside their sources, so that memory they share would show.
+    """
+
+    SLOTS = 10
+
+    @initialize(model=models(), rows=st.integers(1, 3))
+    def start(self, model, rows):
+        self.model = model
+        empty = new_cache(model.config, rows, self.SLOTS, "float64")
+        self.caches = [(empty, [[] for _ in range(rows)])]
+
+    def pick(self, data):
+        return data.draw(st.sampled_from(self.caches), label="cache and its tokens")
+
+    @rule(data=st.data())
+    def append(self, data):
+        cache, rows = self.pick(data)
+        V = self.model.config.vocab_size
+        new = [
+            data.draw(token_ids(V, 0, min(4, self.SLOTS - len(row))), label="new") for row in rows
+        ]
+        if not any(new):
+            return
+        ids_BT, new_B = padded(new, data.draw(st.integers(0, V - 1), label="pad"))
+        logits_BTV = extend(self.model, ids_BT, cache, new_B=new_B)
+        for b, (row, ids) in enumerate(zip(rows, new, strict=True)):
+            row += ids
+            if ids:
+                expected = run(self.model, [row])[0, -len(ids) :]
+                assert_close(logits_BTV[b, : len(ids)], expected, EXACT, f"row {b}: logits")
+
+    @rule(data=st.data())
+    def trim(self, data):
+        cache, rows = self.pick(data)
+        lengths = [data.draw(st.integers(0, len(row)), label="length") for row in rows]
+        cache.trim(lengths)
+        for row, length in zip(rows, lengths, strict=True):
+            del row[length:]
+
+    @precondition(lambda self: len(self.caches) < 4)
+    @rule(data=st.data())
+    def fork(self, data):
+        cache, rows = self.pick(data)
+        row = st.integers(0, len(rows) - 1)
+        chosen = data.draw(st.none() | st.lists(row, min_size=1, max_size=3), label="rows")
+        copied = range(len(rows)) if chosen is None else chosen
+        self.caches.append((cache.fork(chosen), [list(rows[b]) for b in copied]))
+
+    @rule(data=st.data())
+    def reset(self, data):
+        cache, rows = self.pick(data)
+        cache.reset()
+        for row in rows:
+            row.clear()
+
+    @rule(data=st.data())
+    def refuse(self, data):
+        """A row too long by one leaves everything as it was, which the next append will show."""
+        cache, rows = self.pick(data)
+        T = self.SLOTS - max(map(len, rows)) + 1
+        with pytest.raises(InputError, match=str(self.SLOTS)):
+            extend(self.model, np.zeros((len(rows), T), int), cache)
+
+    @invariant()
+    def lengths_are_those_of_the_tokens(self):
+        for cache, rows in getattr(self, "caches", []):
+            assert cache.lengths_B.tolist() == [len(row) for row in rows]
+
+
+TestCacheOfAnyHistory = CacheMachine.TestCase
