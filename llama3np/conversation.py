@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from llama3np.chat import chat_ids
 from llama3np.llm import Llama, Step
 
 
@@ -15,7 +14,7 @@ class Conversation:
     def __init__(self, llm: Llama, system: str | None = None):
         self.llm = llm
         self.messages = [{"role": "system", "content": system}] if system is not None else []
-        chat_ids(llm.tokenizer, self.messages)  # raises now if the model has no chat format
+        llm.chat_ids(self.messages)  # raises now if the model has no chat format
         self.cache = llm.new_cache()
         self.prompt_ids: list[int] = []  # the whole dialog, as fed for the latest reply
         self._fed: list[int] = []  # the ids that the cache holds
@@ -28,7 +27,7 @@ class Conversation:
         Raises InputError at once if the dialog no longer fits; it is then as it was before.
         """
         asked = {"role": "user", "content": text}
-        ids = chat_ids(self.llm.tokenizer, [*self.messages, asked])
+        ids = self.llm.chat_ids([*self.messages, asked])
         shared = 0
         while shared < min(len(ids) - 1, len(self._fed)) and ids[shared] == self._fed[shared]:
             shared += 1

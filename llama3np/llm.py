@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from llama3np import generate as generation
 from llama3np.cache import Cache, new_cache
+from llama3np.chat import chat_ids
 from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.kernels import stored
@@ -61,7 +62,8 @@ class Llama:
         self.params = stored(params)
         self.profile = profile(dtype)
         self.stop_ids = frozenset(stop_ids)
-        self.max_seq_len = max_seq_len or min(config.context_length, DEFAULT_CONTEXT)
+        own = min(config.context_length, DEFAULT_CONTEXT)
+        self.max_seq_len = own if max_seq_len is None else max_seq_len
         if self.max_seq_len < 1:
             raise InputError(f"max_seq_len: expected 1 or more, found {max_seq_len}")
 
@@ -140,6 +142,18 @@ class Llama:
                 f"found {wrong[0]}"
             )
         return ids
+
+    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The ids of a dialog, up to where the answer begins, in the model's own format.
+
+        messages: dicts with role and content. Raises InputError for a model without a tokenizer or
+        a chat format.
+        """
+        if self.tokenizer is None:
+            raise InputError(
+                "tokenizer: this checkpoint has none, so there is nothing to chat with"
+            )
+        return chat_ids(self.tokenizer, messages)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int | None = None, **options: Any

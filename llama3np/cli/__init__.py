@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import traceback
@@ -15,30 +16,43 @@ from llama3np.errors import InputError
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
-class _Parser(argparse.ArgumentParser):
+COMMANDS = {
+    "generate": "continue a prompt; the text streams as it is made",
+    "chat": "talk with a model: a line is a message; Ctrl-D or /exit ends",
+    "info": "say what a checkpoint is: architecture, parameters, bytes, tokenizer",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are told as all others are: one sentence, status 2."""
+
     def error(self, message: str) -> NoReturn:
+        """Raise InputError."""
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
-    from llama3np.cli import chat, generate, info
-
-    top = _Parser(prog="llama3np", description="Llama 3 in plain array operations")
-    top.add_argument("--version", action="version", version=f"llama3np {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (generate, chat, info):
-        name = module.__name__.rpartition(".")[2]
-        summary = (module.__doc__ or "").partition("\n")[0]
-        command = commands.add_parser(name, help=summary, description=summary)
-        command.add_argument(
-            "model", metavar="MODEL", help="a path, or an installed model: smollm2"
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line as a namespace, with the command's `run` in it."""
+    if not argv or argv[0] not in COMMANDS:
+        lines = "\n".join(f"  {name:<10} {summary}" for name, summary in COMMANDS.items())
+        top = Parser(
+            prog="llama3np",
+            description="Llama 3 in plain array operations",
+            epilog=f"commands:\n{lines}\n\nllama3np COMMAND --help tells the rest.",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_argument("--json", action="store_true", help="print one JSON object")
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        module.arguments(command)
-        command.set_defaults(run=module.run)
-    return top
+        top.add_argument("command", metavar="COMMAND", choices=COMMANDS)
+        top.add_argument("--version", action="version", version=f"llama3np {__version__}")
+        return top.parse_args(argv[:1])
+    module = importlib.import_module(f"llama3np.cli.{argv[0]}")
+    command = Parser(prog=f"llama3np {argv[0]}", description=COMMANDS[argv[0]])
+    command.add_argument("model", metavar="MODEL", help="a path, or an installed model: smollm2")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    module.arguments(command)
+    command.set_defaults(run=module.run)
+    # Intermixed: an optional PROMPT may stand after an option, as in generate MODEL --chat PROMPT.
+    return command.parse_intermixed_args(argv[1:])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a model writes any character, a console may not
             stream.reconfigure(encoding="utf-8", errors="replace")
-    debug = "--debug" in (sys.argv if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        args = parser().parse_args(argv)
+        args = parse(argv)
         return args.run(args) or 0
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -56,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if debug:
+        if "--debug" in argv:
             traceback.print_exc()
         else:
             print(f"llama3np: {describe(error)}", file=sys.stderr)

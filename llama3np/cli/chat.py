@@ -1,4 +1,4 @@
-"""Talk with a model: a line is a message; Ctrl-D or /exit ends."""
+"""The command `llama3np chat`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 from llama3np.cli import common
 from llama3np.conversation import Conversation
-from llama3np.errors import InputError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +20,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Load, then answer line by line."""
     llm, load_s = common.load_model(args)
-    if llm.tokenizer is None:
-        raise InputError(f"{args.model}: expected a tokenizer to chat with, found none")
     conversation = Conversation(llm, args.system)
     for line in messages():
         steps = conversation.reply(line, **common.sampling_options(args))

@@ -105,12 +105,17 @@ class Timed:
         }
 
 
-def show(timed: Timed, prompt_ids: list[int], load_s: float, as_json: bool) -> None:
-    """Print the text as it comes, or one JSON object at the end; Ctrl-C keeps what there is."""
+def show(
+    timed: Timed, prompt_ids: list[int], load_s: float, as_json: bool, has_text: bool = True
+) -> None:
+    """Print the text as it comes, or one JSON object at the end; Ctrl-C keeps what there is.
+
+    A model without a tokenizer has no text: its token ids are printed instead.
+    """
     try:
         for step in timed:
             if not as_json:
-                print(step.text, end="", flush=True)
+                print(step.text if has_text else f"{step.id} ", end="", flush=True)
     finally:
         result = timed.result(prompt_ids, load_s)
         print(json.dumps(result) if as_json else "", flush=True)

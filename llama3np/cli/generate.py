@@ -1,4 +1,4 @@
-"""Continue a prompt; the text streams as it is made."""
+"""The command `llama3np generate`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     llm, load_s = common.load_model(args)
     prompt_ids = ids_of(args, llm)
     timed = common.Timed(llm.stream(prompt_ids, **common.sampling_options(args)))
-    common.show(timed, prompt_ids, load_s, args.json)
+    common.show(timed, prompt_ids, load_s, args.json, llm.tokenizer is not None)
 
 
 def ids_of(args: argparse.Namespace, llm: Llama) -> list[int]:
@@ -41,7 +41,5 @@ def ids_of(args: argparse.Namespace, llm: Llama) -> list[int]:
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not args.chat:
         return llm.encode(text)
-    from llama3np.chat import chat_ids
-
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    return chat_ids(llm.tokenizer, [*system, {"role": "user", "content": text}])
+    return llm.chat_ids([*system, {"role": "user", "content": text}])

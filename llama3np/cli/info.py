@@ -1,4 +1,4 @@
-"""Say what a checkpoint is: architecture, parameters, bytes, tokenizer."""
+"""The command `llama3np info`."""
 
 from __future__ import annotations
 
