@@ -8,6 +8,7 @@
 The model itself is llama3np/model.py, to be read from top to bottom.
 """
 
+import llama3np.load  # noqa: F401  first: imported later, the package would hide the function
 from llama3np.errors import InputError
 from llama3np.llm import Completion, Llama, Step, load
 

@@ -192,3 +192,9 @@ def test_every_array_has_the_shape_that_its_name_says(pairing):
     assert {"rms_norm", "linear", "rope", "attention", "swiglu", "block", "forward"} <= {
         where for where, _ in seen
     }
+
+
+def test_load_stays_a_function_after_its_package_is_imported():
+    """llama3np.load is both: the function of the public surface, and the folder of the loaders."""
+    code = "import llama3np; from llama3np.load import gguf; import llama3np.load as l; l.__call__"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
