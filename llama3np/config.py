@@ -221,6 +221,7 @@ def from_hf(values: Mapping[str, Any], source: str) -> Config:
     """
     with _naming(source):
         given = {key: value for key, value in values.items() if value is not None}
+        _present(given, "model_type", None)
         _only(given, _HF_NEUTRAL)
         _known(given, (*_HF_READ, *_HF_NEUTRAL, *_HF_HARMLESS), "the key")
         dim, n_heads = _size(given, "hidden_size"), _size(given, "num_attention_heads")
@@ -253,11 +254,10 @@ def _hf_rope(given: Mapping[str, Any]) -> dict[str, Any]:
     """Both spellings of the RoPE settings as one dict: rope_theta, rope_type and its factors."""
     merged: dict[str, Any] = {}
     for key in ("rope_theta", "rope_scaling", "rope_parameters"):
-        part = given.get(key, {})
-        settings = part if key != "rope_theta" else {key: part} if part != {} else {}
-        if not isinstance(settings, dict):
+        part = {key: given[key]} if key in given and key == "rope_theta" else given.get(key, {})
+        if not isinstance(part, dict):
             raise InputError(f"{key}: expected an object, found {short(part)}")
-        for name, value in settings.items():
+        for name, value in part.items():
             name = "rope_type" if name == "type" else name
             if merged.setdefault(name, value) != value:
                 raise InputError(f"{key}: {name} is {short(value)}, but also {merged[name]!r}")

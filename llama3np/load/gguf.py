@@ -142,7 +142,7 @@ def save_gguf(
     config, params = names.with_pairing(config, params, "interleaved")
     ours = named(params, config.tied)
     tensors = {names.foreign(name, "gguf"): w for name, w in ours.items()}
-    if (scaling := config.rope_scaling) is not None:
+    if (scaling := config.rope_scaling) is not None and scaling.factor != 1:
         theta, head_dim = config.rope_theta, config.head_dim
         divisors_P = scaling.divisors_P(theta, head_dim).astype(np.float32)
         if scaling_from_divisors(divisors_P, theta, head_dim, scaling.old_context) != scaling:

@@ -11,6 +11,7 @@ import mmap
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -145,7 +146,7 @@ def read(path: str | Path) -> GGUF:
     n_tensors = cursor.scalar(_U64, "the number of tensors")
     n_pairs = cursor.scalar(_U64, "the number of metadata pairs")
     metadata = _metadata(cursor, n_pairs)
-    tensors = _tensors(cursor, n_tensors, _alignment(cursor, metadata))
+    tensors = _tensors(cursor, n_tensors, _alignment(metadata, path))
     return GGUF(version, metadata, tensors, cursor.data)
 
 
@@ -194,10 +195,12 @@ def _array(cursor: _Cursor, what: str) -> list[Any]:
     return cursor.numbers(_SCALARS[kind], count, what)
 
 
-def _alignment(cursor: _Cursor, metadata: Mapping[str, Any]) -> int:
+def _alignment(metadata: Mapping[str, Any], path: Path) -> int:
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment.bit_count() > 1:
-        raise cursor.fail(f"general.alignment: expected a power of 2, found {alignment!r:.40}")
+        raise InputError(
+            f"{path}: general.alignment: expected a power of 2, found {short(alignment)}"
+        )
     return alignment
 
 
@@ -269,7 +272,7 @@ def write(
     path = Path(path)
     if version not in (2, 3):
         raise InputError(f"{path}: expected GGUF version 2 or 3, found {version}")
-    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    alignment = _alignment(metadata, path)
     raws = {name: w if isinstance(w, Raw) else _raw(name, w) for name, w in tensors.items()}
     pairs = [_string(key) + _encoded(key, value) for key, value in metadata.items()]
     infos, offset = [], 0
