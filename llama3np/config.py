@@ -322,16 +322,12 @@ def from_gguf(
     Raises InputError, naming `source` and the key, as from_hf does.
     """
     with _naming(source):
-        _only(metadata, {"general.architecture": "llama", "general.type": "model"})
-        _present(metadata, "general.architecture", None)
-        given = {k[len("llama.") :]: v for k, v in metadata.items() if k.startswith("llama.")}
-        _only(given, _GGUF_NEUTRAL | {"vocab_size": vocab_size})
-        _known(given, (*_GGUF_READ, *_GGUF_NEUTRAL, *_GGUF_HARMLESS), "the key llama.*")
-        dim, n_heads = _size(given, "embedding_length"), _size(given, "attention.head_count")
+        given = _gguf_settings(metadata, vocab_size)
+        n_heads = _size(given, "attention.head_count")
         theta, head_dim = _number(given, "rope.freq_base", 10000.0), _gguf_head_dim(given)
         old = _size(given, "rope.scaling.original_context_length", LLAMA3_OLD_CONTEXT)
         return Config(
-            dim=dim,
+            dim=_size(given, "embedding_length"),
             n_layers=_size(given, "block_count"),
             n_heads=n_heads,
             n_kv_heads=_size(given, "attention.head_count_kv", n_heads),
@@ -345,6 +341,16 @@ def from_gguf(
             tied=tied,
             context_length=_size(given, "context_length"),
         )
+
+
+def _gguf_settings(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+    """The keys llama.* without their prefix, none of them unknown or unsupported."""
+    _only(metadata, {"general.architecture": "llama", "general.type": "model"})
+    _present(metadata, "general.architecture", None)
+    given = {k[len("llama.") :]: v for k, v in metadata.items() if k.startswith("llama.")}
+    _only(given, _GGUF_NEUTRAL | {"vocab_size": vocab_size})
+    _known(given, (*_GGUF_READ, *_GGUF_NEUTRAL, *_GGUF_HARMLESS), "the key llama.*")
+    return given
 
 
 def _gguf_head_dim(given: Mapping[str, Any]) -> int:
