@@ -323,20 +323,17 @@ def from_gguf(
     """
     with _naming(source):
         given = _gguf_settings(metadata, vocab_size)
-        n_heads = _size(given, "attention.head_count")
-        theta, head_dim = _number(given, "rope.freq_base", 10000.0), _gguf_head_dim(given)
-        old = _size(given, "rope.scaling.original_context_length", LLAMA3_OLD_CONTEXT)
         return Config(
             dim=_size(given, "embedding_length"),
             n_layers=_size(given, "block_count"),
-            n_heads=n_heads,
-            n_kv_heads=_size(given, "attention.head_count_kv", n_heads),
-            head_dim=head_dim,
+            n_heads=_size(given, "attention.head_count"),
+            n_kv_heads=_size(given, "attention.head_count_kv", given["attention.head_count"]),
+            head_dim=_gguf_head_dim(given),
             ffn_dim=_size(given, "feed_forward_length"),
             vocab_size=vocab_size,
             norm_eps=_number(given, "attention.layer_norm_rms_epsilon"),
-            rope_theta=theta,
-            rope_scaling=scaling_from_divisors(divisors_P, theta, head_dim, old),
+            rope_theta=_gguf_theta(given),
+            rope_scaling=_gguf_scaling(given, divisors_P),
             rope_pairing="interleaved",  # converters permute the rows of q and k to Meta's order
             tied=tied,
             context_length=_size(given, "context_length"),
@@ -363,6 +360,15 @@ def _gguf_head_dim(given: Mapping[str, Any]) -> int:
     )
     _only(given, {"attention.value_length": head_dim, "rope.dimension_count": head_dim})
     return head_dim
+
+
+def _gguf_theta(given: Mapping[str, Any]) -> float:
+    return _number(given, "rope.freq_base", 10000.0)
+
+
+def _gguf_scaling(given: Mapping[str, Any], divisors_P: np.ndarray | None) -> RopeScaling | None:
+    old_context = _size(given, "rope.scaling.original_context_length", LLAMA3_OLD_CONTEXT)
+    return scaling_from_divisors(divisors_P, _gguf_theta(given), _gguf_head_dim(given), old_context)
 
 
 def scaling_from_divisors(
