@@ -110,9 +110,7 @@ def test_an_empty_dialog_is_the_header_of_an_answer(made_up, smollm2):
     assert made_up.decode(chat_ids(made_up, []), specials=True) == (
         "<|begin_of_text|><|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-    assert smollm2.decode(chat_ids(smollm2, []), specials=True) == (
-        "<|im_start|>assistant\n"
-    )
+    assert smollm2.decode(chat_ids(smollm2, []), specials=True) == ("<|im_start|>assistant\n")
 
 
 # ---------------------------------------------------------------------------- formats
