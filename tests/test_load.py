@@ -713,3 +713,13 @@ def test_the_header_of_llama2c_is_the_one_that_run_c_reads():
     assert our_llama2c.plausible(struct.pack("<7i", 64, 172, 5, 8, 4, -512, 512))
     assert not our_llama2c.plausible(b"{" + b" " * 60)
     assert not our_llama2c.plausible(struct.pack("<7i", 64, 172, 5, 4, 8, 512, 512))
+
+
+def test_a_llama2c_tokenizer_cut_between_two_tokens_is_refused(tmp_path):
+    """The file has no count of its own, but the checkpoint beside it has."""
+    whole = paths.shared("data/tok512.bin").read_bytes()
+    first = int.from_bytes(whole[8:12], "little")
+    (tmp_path / "tokenizer.bin").write_bytes(whole[: 12 + first])
+    (tmp_path / "model.bin").write_bytes(paths.shared("data/stories260K.bin").read_bytes())
+    with pytest.raises(InputError, match=r"tokenizer\.bin.*(512|token)"):
+        load_checkpoint(tmp_path / "model.bin")
