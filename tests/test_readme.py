@@ -12,6 +12,7 @@ import pytest
 README = (paths.GOLDENS.parents[1] / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 SHOWN = re.findall(r"^\$ llama3np (.*)\n(.*)$", README, re.M)
+MADE = re.compile(r"^\.venv/bin/llama3np ([^\n]*)\n(.*?)```", re.M | re.S)
 COMMAND = [sys.executable, "-c", "import sys; from llama3np.cli import main; sys.exit(main())"]
 
 
