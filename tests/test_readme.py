@@ -43,9 +43,7 @@ def test_commands_print_what_is_shown(arguments, shown):
 
 def test_make_run_prints_what_is_shown():
     paths.smollm2_gguf()
-    arguments, shown = re.search(
-        r"^\.venv/bin/llama3np (.*)\n(.*?)```", README, re.M | re.S
-    ).groups()
+    arguments, shown = MADE.search(README).groups()
     assert output([*COMMAND, *shlex.split(arguments)]) == shown
 
 
