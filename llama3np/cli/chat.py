@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from llama3np.cli import common
 from llama3np.conversation import Conversation
+from llama3np.errors import InputError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,9 +23,12 @@ def run(args: argparse.Namespace) -> None:
     llm, load_s = common.load_model(args)
     conversation = Conversation(llm, args.system)
     for line in messages():
-        steps = conversation.reply(line, **common.sampling_options(args))
-        timed = common.Timed(steps)
-        common.show(timed, conversation.prompt_ids, load_s, args.json)
+        try:
+            steps = conversation.reply(line, **common.sampling_options(args))
+        except InputError as error:  # a message too long, say: the dialog goes on without it
+            print(f"llama3np: {error}", file=sys.stderr)
+            continue
+        common.show(common.Timed(steps), conversation.prompt_ids, load_s, args.json)
 
 
 def messages() -> Iterator[str]:

@@ -17,6 +17,7 @@ from llama3np.load import gguf, huggingface, llama2c
 from llama3np.load.checkpoint import Checkpoint, Progress
 from llama3np.load.gguf import save_gguf
 from llama3np.load.huggingface import save_hf
+from llama3np.load.installed import MODELS
 from llama3np.load.llama2c import save_llama2c
 
 __all__ = [
@@ -57,11 +58,15 @@ def detect(path: str | Path) -> str:
     try:
         if path.is_dir():
             return _detect_directory(path)
-        if path.exists():
+        if path.is_file():
             return _detect_file(path)
+        found = "neither a file nor a directory" if path.exists() else "nothing there"
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    raise InputError(f"{path}: expected a checkpoint, found nothing there")
+    known = ", ".join(MODELS)
+    raise InputError(
+        f"{path}: expected a checkpoint or an installed model ({known}), found {found}"
+    )
 
 
 def _detect_directory(path: Path) -> str:
