@@ -55,7 +55,8 @@ def from_tokenizer_json(path: str | Path) -> Tokenizer:
     if bos is None and BEGIN_OF_TEXT in specials:
         bos = BEGIN_OF_TEXT
     eos = _token_name(config.get("eos_token"))
-    falls_back = _Node(file.get("model", dict), f"{path}: model").value.get("byte_fallback")
+    model = file.value.get("model")
+    falls_back = isinstance(model, dict) and model.get("byte_fallback")
     return (_pieces if falls_back else _byte_level)(
         file,
         specials,
@@ -111,7 +112,7 @@ def _byte_level(file: _Node, specials: dict[str, int], **known: Any) -> Tokenize
         whole_piece=bool(model.value.get("ignore_merges")),
         pre=pre,
     )
-    return tokenizer(vocab, specials=specials, **known)
+    return tokenizer(vocab, **known)
 
 
 def _model(file: _Node, **wanted: Any) -> _Node:
