@@ -13,6 +13,7 @@ from llama3np.conversation import Conversation
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("--system", metavar="TEXT", help="the system message")
+    common.chat_arguments(parser)
     common.sampling_arguments(parser)
     common.load_arguments(parser)
 
@@ -20,9 +21,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Load, then answer line by line."""
     llm, load_s = common.load_model(args)
-    conversation = Conversation(llm, args.system)
+    options = common.sampling_options(args, llm)
+    conversation = Conversation(llm, args.system, args.chat_format)
     for line in messages():
-        steps = conversation.reply(line, **common.sampling_options(args))
+        steps = conversation.reply(line, **options)
         timed = common.Timed(steps)
         common.show(timed, conversation.prompt_ids, load_s, args.json)
 

@@ -10,9 +10,13 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from llama3np.chat import FORMATS
 from llama3np.errors import InputError
 from llama3np.llm import Llama, Step, load
 from llama3np.numerics import PROFILES
+
+
+DEFAULT = "default"  # as --temperature: the sampling that the model's files recommend
 
 
 def load_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,17 +29,36 @@ def load_arguments(parser: argparse.ArgumentParser) -> None:
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of generation."""
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="256 or what fits")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K")
+    parser.add_argument(
+        "--temperature",
+        type=temperature,
+        metavar="T",
+        help='0 (greedy) if not given; "default": what the model\'s files recommend',
+    )
+    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--top-k", type=int, metavar="K")
     parser.add_argument("--seed", type=int, metavar="S")
     parser.add_argument("--logprobs", action="store_true", help="with --json")
 
 
-def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of Llama.stream that the command line gave."""
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "logprobs")
-    return {name: getattr(args, name) for name in names}
+def temperature(text: str) -> float | str:
+    """A number, or the word "default"."""
+    return text if text == DEFAULT else float(text)
+
+
+def sampling_options(args: argparse.Namespace, llm: Llama) -> dict[str, Any]:
+    """The options of Llama.stream that the command line gave; a given one wins over the files'."""
+    given = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "seed")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given.get("temperature") == DEFAULT:
+        del given["temperature"]
+        given = llm.sampling._asdict() | given
+    return {"max_new_tokens": args.max_new_tokens, "logprobs": args.logprobs, **given}
+
+
+def chat_arguments(parser: argparse.ArgumentParser) -> None:
+    """The dialog format, for models whose files do not tell it."""
+    parser.add_argument("--chat-format", choices=FORMATS, help="in place of the model's own")
 
 
 def load_model(args: argparse.Namespace) -> tuple[Llama, float]:

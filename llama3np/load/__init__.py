@@ -5,6 +5,7 @@
 | huggingface.py | a directory with config.json and safetensors, over safetensors.py           |
 | gguf.py        | .gguf files, over dequant.py for their blocks                               |
 | llama2c.py     | .bin files of llama2.c                                                      |
+| inspection.py  | what a checkpoint is, of any format, without reading its weights            |
 | names.py       | the one table of tensor names, and the order of the rows of wq and wk       |
 """
 
@@ -17,12 +18,16 @@ from llama3np.load import gguf, huggingface, llama2c
 from llama3np.load.checkpoint import Checkpoint, Progress
 from llama3np.load.gguf import save_gguf
 from llama3np.load.huggingface import save_hf
+from llama3np.load.inspection import Inspection, Stored, inspect
 from llama3np.load.llama2c import save_llama2c
 
 __all__ = [
     "Checkpoint",
+    "Inspection",
     "Progress",
+    "Stored",
     "detect",
+    "inspect",
     "load_checkpoint",
     "save_gguf",
     "save_hf",
