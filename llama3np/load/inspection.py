@@ -1,4 +1,4 @@
-"""What a checkpoint is, without reading its weights: `inspect`."""
+"""What a checkpoint is, without reading its weights: one function for each way to tell."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.load import gguf, huggingface
+from llama3np.load.checkpoint import Checkpoint
 from llama3np.params import named
 from llama3np.sample import GREEDY, Sampling
 
@@ -33,21 +34,8 @@ class Inspection(NamedTuple):
     sampling: Sampling = GREEDY
 
 
-def inspect(path: str | Path) -> Inspection:
-    """Look at a checkpoint of any format: seconds for none, whatever its size.
-
-    Headers, settings and the tokenizer are read, and every tensor is checked against the table of
-    shapes; weights are neither read nor decoded. A tokenizer that cannot be used is told, not
-    raised. Raises InputError for all else that load_checkpoint would refuse.
-    """
-    from llama3np.load import detect
-
-    path = Path(path)
-    special = {"gguf": _gguf, "huggingface": _huggingface}
-    return special.get(detect(path), _mapped)(path)
-
-
-def _gguf(path: Path) -> Inspection:
+def of_gguf(path: Path) -> Inspection:
+    """What a GGUF file is, by its header."""
     opened = gguf.open_file(path)
     infos = {ours: opened.gguf.tensors[theirs] for ours, theirs in opened.matched.items()}
     tensors = {name: Stored(info.shape, info.type, info.nbytes) for name, info in infos.items()}
@@ -56,7 +44,8 @@ def _gguf(path: Path) -> Inspection:
     return Inspection(opened.config, opened.layout, tensors, tokenizer, problem, stop_ids)
 
 
-def _huggingface(path: Path) -> Inspection:
+def of_huggingface(path: Path) -> Inspection:
+    """What a Hugging Face directory is, by its settings and the headers of its tensors."""
     opened = huggingface.open_directory(path)
     tokenizer, problem = _tried(lambda: huggingface.tokenizer_of(path))
     stop_ids = opened.stop_ids or (tuple(tokenizer.stop_ids) if tokenizer else ())
@@ -71,11 +60,8 @@ def _huggingface(path: Path) -> Inspection:
     )
 
 
-def _mapped(path: Path) -> Inspection:
-    """A format whose weights are mapped when loaded: loading it reads norm vectors at most."""
-    from llama3np.load import load_checkpoint
-
-    checkpoint = load_checkpoint(path)
+def of_checkpoint(checkpoint: Checkpoint) -> Inspection:
+    """What a loaded model is: for formats whose weights stay mapped, so that loading is cheap."""
     config, params, tokenizer, layout, stop_ids, sampling = checkpoint
     tensors = {name: _stored(w) for name, w in named(params, config.tied).items()}
     return Inspection(config, layout, tensors, tokenizer, None, stop_ids, sampling)
