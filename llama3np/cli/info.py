@@ -11,15 +11,17 @@ from typing import Any
 from llama3np import cost
 from llama3np.chat import chat_format
 from llama3np.cli import common
+from llama3np.errors import InputError
 from llama3np.llm import DEFAULT_CONTEXT
 from llama3np.load import Inspection, Stored
-from llama3np.numerics import profile
+from llama3np.numerics import PROFILES, profile
 from llama3np.params import Layer
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    common.load_arguments(parser)
+    parser.add_argument("--dtype", default="float32", choices=PROFILES, help="precision profile")
+    parser.add_argument("--max-seq-len", type=int, metavar="N", help="prompt + new tokens at most")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -43,7 +45,9 @@ def run(args: argparse.Namespace) -> None:
 def describe(found: Inspection, dtype: str, max_seq_len: int | None) -> dict[str, Any]:
     """Everything that is known; `bytes` are those of the files, the cache's of the profile."""
     config, tokenizer, sampling = found.config, found.tokenizer, found.sampling
-    length = max_seq_len or min(config.context_length, DEFAULT_CONTEXT)
+    length = min(config.context_length, DEFAULT_CONTEXT) if max_seq_len is None else max_seq_len
+    if length < 1:
+        raise InputError(f"--max-seq-len: expected 1 or more, found {length}")
     parts = cost.parameters(config)
     kept = {"float32": "f32", "float64": "f64"}[profile(dtype).dtype]
     return {
