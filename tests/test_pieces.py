@@ -346,6 +346,7 @@ def test_defaults_of_a_gguf_are_those_of_llama_cpp():
         ({"scores": [0.0]}, "scores: expected 263 finite numbers"),
         ({"scores": [0.0] * 262 + [float("nan")]}, "scores: expected 263 finite"),
         ({"scores": ["x"] * 263}, "scores: expected 263 finite"),
+        ({"scores": 1.0}, "scores: expected 263 finite"),
         ({"token_type": [2, 3, 3, *[6] * 256, 1, 1, 1, 4]}, "found type 4 for token 262 'aa'"),
         ({"token_type": [2, 3, 3, *[6] * 255, 1, 1, 1, 1, 1]}, "byte tokens"),
         ({"tokens": [*SMALL_TOKENS, "\u2581a", "a"]}, "every token once"),

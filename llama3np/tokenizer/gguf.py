@@ -7,6 +7,8 @@ from math import isfinite
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+
 from llama3np.errors import InputError
 from llama3np.tokenizer.base import Tokenizer, stop_ids
 from llama3np.tokenizer.bpe import LLAMA3, SMOLLM
@@ -34,7 +36,7 @@ def from_gguf(metadata: dict[str, Any], source: str) -> Tokenizer:
 def _byte_level(keys: _Keys) -> Tokenizer:
     """The model "gpt2": byte-level pieces and a list of merges."""
     pre = keys.one_of("pre", tuple(_PRE))
-    texts = keys.get("tokens", list)
+    texts = keys.texts("tokens")
     kinds = _kinds(keys, texts, (_NORMAL, _CONTROL, _UNUSED))
     specials = {text: id for id, text in enumerate(texts) if kinds[id] != _NORMAL}
     bos_id = keys.id("bos_token_id", len(texts))
@@ -57,7 +59,7 @@ def _scored(keys: _Keys) -> Tokenizer:
     Defaults are llama.cpp's for this model: BOS, and a space before the text.
     """
     keys.refuse_charsmap()
-    texts = keys.get("tokens", list)
+    texts = keys.texts("tokens")
     kinds = _kinds(keys, texts, (_NORMAL, _UNKNOWN, _CONTROL, _UNUSED, _BYTE))
     scores = _scores(keys, len(texts))
     special_ids = [id for id, kind in enumerate(kinds) if kind not in (_NORMAL, _BYTE)]
@@ -81,7 +83,7 @@ _READERS = {"gpt2": _byte_level, "llama": _scored}
 
 def _kinds(keys: _Keys, texts: list[str], known: Collection[int]) -> list[int]:
     """The type of each token; one that is not in `known` is refused."""
-    kinds = [int(kind) for kind in keys.get("token_type", None)]
+    kinds = keys.numbers("token_type")
     if len(kinds) != len(texts):
         raise InputError(
             f"{keys.source}: {_PREFIX}token_type: expected {len(texts)} values, found {len(kinds)}"
@@ -96,11 +98,12 @@ def _kinds(keys: _Keys, texts: list[str], known: Collection[int]) -> list[int]:
 
 
 def _scores(keys: _Keys, count: int) -> list[float]:
-    scores = list(keys.get("scores", None))
+    """The score of each token: as many finite numbers."""
+    found = keys.get("scores")
+    scores = list(found) if isinstance(found, list | np.ndarray) else []
     if len(scores) != count or not all(isinstance(s, Real) and isfinite(s) for s in scores):
         raise InputError(
-            f"{keys.source}: {_PREFIX}scores: expected {count} finite numbers, found "
-            f"{len(scores)} values"
+            f"{keys.source}: {_PREFIX}scores: expected {count} finite numbers, found others"
         )
     return [float(score) for score in scores]
 
@@ -119,19 +122,37 @@ class _Keys:
         self._metadata = metadata
         self.source = source
 
-    def get(self, name: str, kind: type | None) -> Any:
+    def get(self, name: str, kind: type = object) -> Any:
         value = self._metadata.get(_PREFIX + name)
-        if value is None or (kind and not isinstance(value, kind)):
-            found = "none" if value is None else type(value).__name__
-            raise InputError(f"{self.source}: expected the key {_PREFIX}{name}, found {found}")
+        if value is None:
+            raise InputError(f"{self.source}: expected the key {_PREFIX}{name}, found none")
+        if not isinstance(value, kind):
+            raise self._wrong(name, kind.__name__, type(value).__name__)
         return value
+
+    def texts(self, name: str) -> list[str]:
+        value = self.get(name, list)
+        if not all(isinstance(text, str) for text in value):
+            raise self._wrong(name, "texts", "something else among them")
+        return value
+
+    def numbers(self, name: str) -> list[int]:
+        value = self.get(name)
+        if isinstance(value, np.ndarray):
+            whole = value.dtype.kind in "iu" and value.ndim == 1
+        else:
+            whole = isinstance(value, list) and all(isinstance(item, int) for item in value)
+        if not whole:
+            raise self._wrong(name, "whole numbers", "something else")
+        return [int(item) for item in value]
+
+    def _wrong(self, name: str, expected: Any, found: Any) -> InputError:
+        return InputError(f"{self.source}: {_PREFIX}{name}: expected {expected}, found {found}")
 
     def one_of(self, name: str, known: tuple[str, ...]) -> str:
         value = self.get(name, str)
         if value not in known:
-            raise InputError(
-                f"{self.source}: {_PREFIX}{name}: expected {' or '.join(known)}, found {value!r}"
-            )
+            raise self._wrong(name, " or ".join(known), repr(value))
         return value
 
     def id(self, name: str, n_vocab: int) -> int | None:
@@ -140,9 +161,7 @@ class _Keys:
         if value is None:
             return None
         if not isinstance(value, Integral) or not 0 <= int(value) < n_vocab:
-            raise InputError(
-                f"{self.source}: {_PREFIX}{name}: expected an id of {n_vocab} tokens, found {value}"
-            )
+            raise self._wrong(name, f"an id of {n_vocab} tokens", repr(value))
         return int(value)
 
     def flag(self, name: str, default: bool) -> bool:

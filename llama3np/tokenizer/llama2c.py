@@ -31,11 +31,15 @@ def from_llama2c(path: str | Path) -> PieceTokenizer:
         raise InputError(f"{path}: expected the tokens <0x00> to <0xFF> at ids 3 to 258")
     if len(set(texts)) < len(texts):
         raise InputError(f"{path}: expected {len(texts)} different tokens, found one twice")
-    pieces = texts[_FIRST_PIECE:]
-    ids = {text: _FIRST_PIECE + i for i, text in enumerate(pieces)}
+    return of_pieces(scores[_FIRST_PIECE:], texts[_FIRST_PIECE:])
+
+
+def of_pieces(scores: list[float], texts: list[str]) -> PieceTokenizer:
+    """The tokenizer of the scored pieces that come after the byte tokens, all different."""
+    ids = {text: _FIRST_PIECE + i for i, text in enumerate(texts)}
     return PieceTokenizer(
         Table(ids, range(_FIRST_BYTE, _FIRST_PIECE), dict(_SPECIALS)),
-        by_score(dict(zip(pieces, scores[_FIRST_PIECE:], strict=True))),
+        by_score(dict(zip(texts, scores, strict=True))),
         begins_after={_SPECIALS["<s>"]},  # run.c decode: after BOS only
         space=" ",
         bos_id=_SPECIALS["<s>"],
