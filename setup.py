@@ -4,12 +4,15 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+LLAMA2 = ["sentencepiece>=0.2"]  # tokenizer.model of Llama 2; its GGUF and JSON need nothing
+
 TEST = [
     "hypothesis>=6.100",
     "mypy>=1.11",
     "pytest>=8",
     "pytest-timeout>=2.3",
     "ruff>=0.8",
+    *LLAMA2,
     "gguf>=0.17",  # an independent reader of GGUF files and their blocks
     "tokenizers>=0.20",  # an independent reader of tokenizer.json
 ]
@@ -32,7 +35,7 @@ setup(
         "safetensors>=0.4",
         "tiktoken>=0.13",  # 0.13 merges long pieces in linear time
     ],
-    extras_require={"test": TEST},
+    extras_require={"llama2": LLAMA2, "test": TEST},
     entry_points={"console_scripts": ["llama3np = llama3np.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",

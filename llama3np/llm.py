@@ -19,7 +19,7 @@ from llama3np.kernels import stored
 from llama3np.model import forward
 from llama3np.numerics import profile
 from llama3np.params import Params, check, named
-from llama3np.sample import Sampling
+from llama3np.sample import GREEDY, Sampling
 
 DEFAULT_CONTEXT = 8192  # a cache for the 131,072 positions of Llama 3.1 would be 16 GB
 DEFAULT_NEW_TOKENS = 256
@@ -58,6 +58,7 @@ class Llama:
         dtype: str = "float32",
         max_seq_len: int | None = None,
         layout: str = "arrays",
+        sampling: Sampling = GREEDY,
     ):
         check(params, config)
         if tokenizer is not None and tokenizer.n_vocab > config.vocab_size:
@@ -66,6 +67,7 @@ class Llama:
                 f"embedding table, found {tokenizer.n_vocab}"
             )
         self.config, self.tokenizer, self.layout = config, tokenizer, layout
+        self.sampling = sampling  # what its files recommend; used only where it is handed over
         self.params = stored(params)
         self.profile = profile(dtype)
         if self.profile.dtype == "float32" and any(
@@ -159,17 +161,20 @@ class Llama:
             )
         return ids
 
-    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def chat_ids(
+        self, messages: Sequence[Mapping[str, str]], format: str | None = None
+    ) -> list[int]:
         """The ids of a dialog, up to where the answer begins, in the model's own format.
 
-        messages: dicts with role and content. Raises InputError for a model without a tokenizer or
-        a chat format.
+        messages: dicts with role and content. format: "llama3", "chatml" or "llama2" in place of
+        the one that the tokenizer tells. Raises InputError for a model without a tokenizer or a
+        chat format.
         """
         if self.tokenizer is None:
             raise InputError(
                 "tokenizer: this checkpoint has none, so there is nothing to chat with"
             )
-        return chat_ids(self.tokenizer, messages)
+        return chat_ids(self.tokenizer, messages, format=format)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int | None = None, **options: Any
@@ -178,7 +183,8 @@ class Llama:
 
         prompts: one text or list of ids, or a list of them; a batch may mix lengths, and no row
         changes another. max_new_tokens: new tokens of each, 256 or what fits if None.
-        options: temperature, top_k, top_p, seed (see Sampling), logprobs=True, stop_ids (in place
+        options: temperature, top_k, top_p, seed (see Sampling; greedy if none is given, and
+        **llm.sampling._asdict() for what the files recommend), logprobs=True, stop_ids (in place
         of the checkpoint's).
         Raises InputError, before any work, if a prompt and its new tokens exceed max_seq_len.
         """
@@ -346,4 +352,5 @@ def load(
         dtype=dtype,
         max_seq_len=max_seq_len,
         layout=checkpoint.layout,
+        sampling=checkpoint.sampling,
     )

@@ -40,6 +40,9 @@ class Sampling(NamedTuple):
         return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
+GREEDY = Sampling()
+
+
 def log_softmax(logits_TV: np.ndarray) -> np.ndarray:
     """Natural logarithms of the probabilities, in float64, over the last axis."""
     wide_TV = logits_TV.astype(np.float64)

@@ -20,7 +20,8 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 COMMANDS = {
     "generate": "continue a prompt; the text streams as it is made",
     "chat": "talk with a model: a line is a message; Ctrl-D or /exit ends",
-    "info": "say what a checkpoint is: architecture, parameters, bytes, tokenizer",
+    "info": "say what a checkpoint or preset is: structure, parameters, bytes, tokenizer",
+    "plan": "say what fits into memory, and how fast it can be at best",
 }
 
 

@@ -21,6 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-ids", metavar="1,2,3", help="token ids in place of PROMPT")
     parser.add_argument("--chat", action="store_true", help="PROMPT is a message to answer")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
+    common.chat_arguments(parser)
     common.sampling_arguments(parser)
     common.load_arguments(parser)
 
@@ -29,13 +30,14 @@ def run(args: argparse.Namespace) -> None:
     """Load, continue, print."""
     if (args.prompt is None) == (args.prompt_ids is None):
         raise InputError("generate: expected either PROMPT or --prompt-ids")
-    if args.system is not None and not args.chat:
-        raise InputError("generate: --system needs --chat")
+    for name in ("system", "chat_format"):
+        if getattr(args, name) is not None and not args.chat:
+            raise InputError(f"generate: --{name.replace('_', '-')} needs --chat")
     if args.chat and args.prompt_ids is not None:
         raise InputError("generate: --chat needs PROMPT, found --prompt-ids")
     llm, load_s = common.load_model(args)
     prompt_ids = ids_of(args, llm)
-    timed = common.Timed(llm.stream(prompt_ids, **common.sampling_options(args)))
+    timed = common.Timed(llm.stream(prompt_ids, **common.sampling_options(args, llm)))
     common.show(timed, prompt_ids, load_s, args.json, llm.tokenizer is not None)
 
 
@@ -47,4 +49,4 @@ def ids_of(args: argparse.Namespace, llm: Llama) -> list[int]:
     if not args.chat:
         return llm.encode(text)
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    return llm.chat_ids([*system, {"role": "user", "content": text}])
+    return llm.chat_ids([*system, {"role": "user", "content": text}], args.chat_format)

@@ -5,6 +5,7 @@
 | huggingface.py | a directory with config.json and safetensors, over safetensors.py           |
 | gguf.py        | .gguf files, over dequant.py for their blocks                               |
 | llama2c.py     | .bin files of llama2.c                                                      |
+| inspection.py  | what a checkpoint is, of any format, without reading its weights            |
 | names.py       | the one table of tensor names, and the order of the rows of wq and wk       |
 """
 
@@ -13,17 +14,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from llama3np.errors import InputError
-from llama3np.load import gguf, huggingface, llama2c
+from llama3np.load import gguf, huggingface, inspection, llama2c
 from llama3np.load.checkpoint import Checkpoint, Progress
 from llama3np.load.gguf import save_gguf
 from llama3np.load.huggingface import save_hf
+from llama3np.load.inspection import Inspection, Stored
 from llama3np.load.installed import MODELS
 from llama3np.load.llama2c import save_llama2c
 
 __all__ = [
     "Checkpoint",
+    "Inspection",
     "Progress",
+    "Stored",
     "detect",
+    "inspect",
     "load_checkpoint",
     "save_gguf",
     "save_hf",
@@ -47,6 +52,19 @@ def load_checkpoint(path: str | Path, progress: Progress | None = None) -> Check
     InputError for anything that is not a complete, supported Llama checkpoint.
     """
     return _LOADERS[detect(path)](Path(path), progress)
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Look at the model at `path`: a second at most, however large it is.
+
+    Headers, settings and the tokenizer are read, and every tensor is checked against the table of
+    shapes; weights are neither read nor decoded. A tokenizer that cannot be used is told in the
+    result, not raised. Raises InputError for all else that load_checkpoint would refuse.
+    """
+    path = Path(path)
+    special = {"gguf": inspection.of_gguf, "huggingface": inspection.of_huggingface}
+    of = special.get(detect(path))
+    return of(path) if of else inspection.of_checkpoint(load_checkpoint(path))
 
 
 def detect(path: str | Path) -> str:
