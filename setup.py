@@ -28,6 +28,7 @@ setup(
     install_requires=[
         "ml_dtypes>=0.4",  # bfloat16 as an array dtype: widening is 1.5x faster than bit shifts
         "numpy>=2",
+        "regex",  # Unicode classes where tiktoken cannot go; it comes with tiktoken
         "rich>=13",  # progress bars, tables and trees of the command
         "tiktoken>=0.13",  # 0.13 merges long pieces in linear time
     ],

@@ -58,6 +58,11 @@ class Llama:
         layout: str = "arrays",
     ):
         check(params, config)
+        if tokenizer is not None and tokenizer.n_vocab > config.vocab_size:
+            raise InputError(
+                f"tokenizer: expected at most {config.vocab_size} tokens, one for each row of the "
+                f"embedding table, found {tokenizer.n_vocab}"
+            )
         self.config, self.tokenizer, self.layout = config, tokenizer, layout
         self.params = stored(params)
         self.profile = profile(dtype)
@@ -195,9 +200,11 @@ class Llama:
     def _steps(self, ids: list[int], tokens: Iterator[list[generation.Token]]) -> Iterator[Step]:
         decoder = self.tokenizer.stream(ids) if self.tokenizer else None
         for ((_, id, logprob, finish_reason),) in tokens:
-            text = decoder.push(id) if decoder and finish_reason != "stop" else ""
-            if decoder and finish_reason:
-                text += decoder.flush()
+            text = ""
+            if decoder:
+                known = id < self.tokenizer.n_vocab  # a padded table has rows without a token
+                text += decoder.push(id) if known and finish_reason != "stop" else ""
+                text += decoder.flush() if finish_reason else ""
             yield Step(id, text, logprob, finish_reason)
 
     def _tokens(

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import models, ragged_runs, runs
+from strategies import Model, models, ragged_runs, runs
 
 from llama3np import generate as generation
+from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.llm import Llama
 from llama3np.sample import log_softmax
@@ -179,3 +180,33 @@ def test_forward_takes_lists_ragged_lists_and_arrays(drawn):
     last_B1V = llm.forward(rows, last_only=True)
     assert last_B1V.shape == (len(rows), 1, model.config.vocab_size)
     np.testing.assert_allclose(llm.forward(np.array(rows[0]))[0], alone[0])
+
+
+class FewerTokens:
+    """A tokenizer of fewer tokens than the embedding table has rows."""
+
+    n_vocab = 1
+
+    def stream(self, prompt_ids):
+        return self
+
+    def push(self, id):
+        assert id < self.n_vocab
+        return "x"
+
+    def flush(self):
+        return "."
+
+
+@given(models(), st.integers(1, 6))
+def test_rows_of_a_padded_table_have_no_text(model, count):
+    (completion,) = llama(model, tokenizer=FewerTokens()).generate([0], count)
+    assert completion.text == "x" * completion.ids.count(0) + "."
+
+
+def test_a_tokenizer_of_more_tokens_than_the_table_is_refused():
+    model = Model(Config(4, 1, 1, 1, 2, 2, vocab_size=3), seed=0)
+    tokenizer = FewerTokens()
+    tokenizer.n_vocab = 4
+    with pytest.raises(InputError, match="at most 3 tokens"):
+        llama(model, tokenizer=tokenizer)

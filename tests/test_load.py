@@ -29,6 +29,7 @@ from llama3np.load import (
 )
 from llama3np.load import gguf as our_gguf
 from llama3np.load import llama2c as our_llama2c
+from llama3np.load.files import new_file
 from llama3np.params import named, named_shapes
 
 SMALL = Config(dim=8, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=2, ffn_dim=6, vocab_size=5)
@@ -184,6 +185,18 @@ def test_a_directory_that_is_not_empty_is_not_touched(tmp_path):
 def test_a_save_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match="hf: cannot be written: No such file"):
         save_hf(tmp_path / "hf", SMALL, random_params(SMALL), tokenizer_files=[tmp_path / "none"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_write_that_is_interrupted_leaves_nothing(tmp_path, error):
+    def interrupted_write():
+        with new_file(tmp_path / "x") as temporary:
+            temporary.write_text("half of it")
+            raise error
+
+    with pytest.raises(error):
+        interrupted_write()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -466,6 +479,7 @@ FIRST = "model-00001-of-00003.safetensors"
 def test_an_index_and_its_shards_must_agree(hf):
     assert load_checkpoint(hf).layout == "Hugging Face directory, 3 safetensors files, f32"
     file_of = json.loads((hf / "model.safetensors.index.json").read_text())["weight_map"]
+    shutil.copy(hf / FIRST, hf.parent / "a.safetensors")  # an index names files beside it only
     cases = [
         ({"model.norm.weight": ...}, "'model.norm.weight' is not in the index but in model-0000"),
         ({"model.norm.bias": FIRST}, f"'model.norm.bias' is in the index but not in {FIRST}"),
@@ -652,6 +666,11 @@ def test_a_path_to_nothing_is_told(tmp_path):
         detect(tmp_path / "nothing")
 
 
+def test_a_path_too_long_to_be_one_is_told(tmp_path):
+    with pytest.raises(InputError, match="cannot be read: File name too long"):
+        detect(tmp_path / ("x" * 5000))
+
+
 # ---- broken bytes ------------------------------------------------------------------------------
 
 edits = st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=4)
@@ -713,3 +732,13 @@ def test_the_header_of_llama2c_is_the_one_that_run_c_reads():
     assert our_llama2c.plausible(struct.pack("<7i", 64, 172, 5, 8, 4, -512, 512))
     assert not our_llama2c.plausible(b"{" + b" " * 60)
     assert not our_llama2c.plausible(struct.pack("<7i", 64, 172, 5, 4, 8, 512, 512))
+
+
+def test_a_llama2c_tokenizer_cut_between_two_tokens_is_refused(tmp_path):
+    """The file has no count of its own, but the checkpoint beside it has."""
+    whole = paths.shared("data/tok512.bin").read_bytes()
+    first = int.from_bytes(whole[8:12], "little")
+    (tmp_path / "tokenizer.bin").write_bytes(whole[: 12 + first])
+    (tmp_path / "model.bin").write_bytes(paths.shared("data/stories260K.bin").read_bytes())
+    with pytest.raises(InputError, match=r"tokenizer\.bin.*(512|token)"):
+        load_checkpoint(tmp_path / "model.bin")

@@ -54,11 +54,14 @@ def detect(path: str | Path) -> str:
     Raises InputError, saying what is there instead, if it is none of them.
     """
     path = Path(path)
-    if path.is_dir():
-        return _detect_directory(path)
-    if not path.exists():
-        raise InputError(f"{path}: expected a checkpoint, found nothing there")
-    return _detect_file(path)
+    try:
+        if path.is_dir():
+            return _detect_directory(path)
+        if path.exists():
+            return _detect_file(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    raise InputError(f"{path}: expected a checkpoint, found nothing there")
 
 
 def _detect_directory(path: Path) -> str:
@@ -74,11 +77,8 @@ def _detect_directory(path: Path) -> str:
 
 
 def _detect_file(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    with path.open("rb") as file:
+        head = file.read(64)
     if head[:4] == gguf.MAGIC:
         return "gguf"
     if llama2c.plausible(head):

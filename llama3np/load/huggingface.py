@@ -14,7 +14,7 @@ from llama3np.config import Config, from_hf
 from llama3np.errors import InputError
 from llama3np.load import names, safetensors
 from llama3np.load.checkpoint import DTYPES, Checkpoint, Progress, assemble, report
-from llama3np.load.files import read_json, refuse_existing
+from llama3np.load.files import new_directory, read_json
 from llama3np.params import Params, named
 
 SINGLE = "model.safetensors"
@@ -143,24 +143,14 @@ def save_hf(
     whole or not at all; raises InputError if there is one that is not empty.
     """
     directory = Path(directory)
-    if directory.is_dir() and not any(directory.iterdir()):
-        directory.rmdir()
-    refuse_existing(directory)
     config, params = names.with_pairing(config, params, "half")
     ours = named(params, config.tied)
     tensors = {names.foreign(name, "huggingface"): w for name, w in ours.items()}
-    temporary = directory.with_name(directory.name + ".partial")
-    try:
-        temporary.mkdir(parents=True)
+    with new_directory(directory) as temporary:
         _write_json(temporary / "config.json", _settings(config, params))
         _write_weights(temporary, tensors, shard_bytes)
         for file in tokenizer_files:
             shutil.copyfile(file, temporary / Path(file).name)
-        temporary.rename(directory)
-    except OSError as error:
-        raise InputError(f"{directory}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _settings(config: Config, params: Params) -> dict[str, Any]:

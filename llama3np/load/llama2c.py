@@ -129,8 +129,14 @@ def _tokenizer(path: Path, config: Config) -> Any:
     from llama3np import tokenizer  # not needed for the weights alone
 
     for file in (f"tok{config.vocab_size}.bin", "tokenizer.bin"):
-        if (path.parent / file).is_file():
-            return tokenizer.from_llama2c(path.parent / file)
+        if (beside := path.parent / file).is_file():
+            found = tokenizer.from_llama2c(beside)
+            if found.n_vocab != config.vocab_size:  # the format has no count: it may be cut short
+                raise InputError(
+                    f"{beside}: expected the {config.vocab_size} tokens of {path.name}, "
+                    f"found {found.n_vocab}"
+                )
+            return found
     return None
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from numbers import Integral
 from typing import Any
 
+import numpy as np
+
 from llama3np.errors import InputError
 from llama3np.tokenizer.base import stop_ids
 from llama3np.tokenizer.bpe import LLAMA3, SMOLLM, BytePairTokenizer
@@ -27,7 +29,7 @@ def from_gguf(metadata: dict[str, Any], source: str) -> BytePairTokenizer:
     keys = _Keys(metadata, source)
     keys.one_of("model", ("gpt2",))
     pre = keys.one_of("pre", tuple(_PRE))
-    texts = keys.get("tokens", list)
+    texts = keys.texts("tokens")
     specials = _specials(keys, texts)
     bos_id = keys.id("bos_token_id", len(texts))
     bos_id = specials.get(BEGIN_OF_TEXT) if bos_id is None else bos_id
@@ -46,7 +48,7 @@ def from_gguf(metadata: dict[str, Any], source: str) -> BytePairTokenizer:
 
 def _specials(keys: _Keys, texts: list[str]) -> dict[str, int]:
     """Control and unused tokens by name; any type but normal, control, unused is refused."""
-    kinds = [int(kind) for kind in keys.get("token_type", None)]
+    kinds = keys.numbers("token_type")
     if len(kinds) != len(texts):
         raise InputError(
             f"{keys.source}: {_PREFIX}token_type: expected {len(texts)} values, found {len(kinds)}"
@@ -67,19 +69,37 @@ class _Keys:
         self._metadata = metadata
         self.source = source
 
-    def get(self, name: str, kind: type | None) -> Any:
+    def get(self, name: str, kind: type = object) -> Any:
         value = self._metadata.get(_PREFIX + name)
-        if value is None or (kind and not isinstance(value, kind)):
-            found = "none" if value is None else type(value).__name__
-            raise InputError(f"{self.source}: expected the key {_PREFIX}{name}, found {found}")
+        if value is None:
+            raise InputError(f"{self.source}: expected the key {_PREFIX}{name}, found none")
+        if not isinstance(value, kind):
+            raise self._wrong(name, kind.__name__, type(value).__name__)
         return value
+
+    def texts(self, name: str) -> list[str]:
+        value = self.get(name, list)
+        if not all(isinstance(text, str) for text in value):
+            raise self._wrong(name, "texts", "something else among them")
+        return value
+
+    def numbers(self, name: str) -> list[int]:
+        value = self.get(name)
+        if isinstance(value, np.ndarray):
+            whole = value.dtype.kind in "iu" and value.ndim == 1
+        else:
+            whole = isinstance(value, list) and all(isinstance(item, int) for item in value)
+        if not whole:
+            raise self._wrong(name, "whole numbers", "something else")
+        return [int(item) for item in value]
+
+    def _wrong(self, name: str, expected: Any, found: Any) -> InputError:
+        return InputError(f"{self.source}: {_PREFIX}{name}: expected {expected}, found {found}")
 
     def one_of(self, name: str, known: tuple[str, ...]) -> str:
         value = self.get(name, str)
         if value not in known:
-            raise InputError(
-                f"{self.source}: {_PREFIX}{name}: expected {' or '.join(known)}, found {value!r}"
-            )
+            raise self._wrong(name, " or ".join(known), repr(value))
         return value
 
     def id(self, name: str, n_vocab: int) -> int | None:
@@ -88,9 +108,7 @@ class _Keys:
         if value is None:
             return None
         if not isinstance(value, Integral) or not 0 <= int(value) < n_vocab:
-            raise InputError(
-                f"{self.source}: {_PREFIX}{name}: expected an id of {n_vocab} tokens, found {value}"
-            )
+            raise self._wrong(name, f"an id of {n_vocab} tokens", repr(value))
         return int(value)
 
     def template(self) -> str | None:

@@ -46,10 +46,13 @@ def from_tokenizer_json(path: str | Path) -> BytePairTokenizer:
     if bos is None and BEGIN_OF_TEXT in specials:
         bos = BEGIN_OF_TEXT
     eos = _token_name(config.get("eos_token"))
+    add_bos = config.get("add_bos_token")
+    if add_bos is None:
+        add_bos = template_bos or BEGIN_OF_TEXT in specials
     return tokenizer(
         vocab,
         bos_id=_special_id(specials, bos, path),
-        add_bos=bool(config.get("add_bos_token", template_bos or BEGIN_OF_TEXT in specials)),
+        add_bos=bool(add_bos),
         stop_ids=stop_ids(specials, _special_id(specials, eos, path)),
         chat_template=_chat_template(path, config),
     )
@@ -129,8 +132,8 @@ def _without_offsets(step: Any) -> Any:
 
 
 def _specials(file: _Node) -> dict[str, int]:
-    specials = {}
-    for i, value in enumerate(file.value.get("added_tokens") or []):
+    specials: dict[str, int] = {}
+    for i, value in enumerate(file.get("added_tokens", list)):
         token = _Node(value, f"{file.where}: added_tokens[{i}]")
         name, id = token.get("content", str), token.get("id", int)
         if not token.value.get("special"):
@@ -160,14 +163,12 @@ def _by_id(vocab: dict[str, Any], specials: dict[str, int], where: str) -> list[
 
 def _leading_token(post: Any) -> str | None:
     """The token that a TemplateProcessing step puts before a text, if there is one."""
-    if not isinstance(post, dict):
-        return None
-    if post.get("type") == "Sequence":
-        found = (_leading_token(step) for step in post.get("processors") or [])
-        return next((token for token in found if token), None)
-    first = (post.get("single") or [None])[0]
-    token = first.get("SpecialToken") if isinstance(first, dict) else None
-    return token.get("id") if isinstance(token, dict) else None
+    match post:
+        case {"type": "Sequence", "processors": [*steps]}:
+            return next(filter(None, map(_leading_token, steps)), None)
+        case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": str(name)}}, *_]}:
+            return name
+    return None
 
 
 # ---------------------------------------------------------------------- files beside it
@@ -196,8 +197,8 @@ def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
     """The template's text: in the config, there under the name "default", or in its own file."""
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if entry}
-        template = named.get("default")
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = next((e.get("template") for e in named if e.get("name") == "default"), None)
     beside = path.with_name("chat_template.jinja")
     if template is None and beside.exists():
         template = read_bytes(beside).decode("utf-8", "replace")
