@@ -74,10 +74,11 @@ def _to_bytes(texts: list[str], source: str) -> list[bytes]:
 def _split_merges(vocab: Vocabulary) -> list[tuple[str, ...]]:
     """Merges as pairs; the tokenizers library writes "a b", since 0.20 ["a", "b"]."""
     try:
-        pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in vocab.merges]
+        split = [m.split(" ") if isinstance(m, str) else m for m in vocab.merges]
+        pairs = list(map(tuple, split))
     except TypeError:
         pairs = [()]
-    for i, pair in enumerate(pairs):
-        if len(pair) != 2:
-            raise InputError(f"{vocab.source}: merge {i}: expected two tokens, found {pair}")
+    if set(map(len, pairs)) - {2}:
+        i, pair = next((i, pair) for i, pair in enumerate(pairs) if len(pair) != 2)
+        raise InputError(f"{vocab.source}: merge {i}: expected two tokens, found {pair}")
     return pairs

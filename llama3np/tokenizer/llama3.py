@@ -44,7 +44,7 @@ def from_tokenizer_model(path: str | Path) -> BytePairTokenizer:
             f"found a sentencepiece file (Llama 2)"
         )
     pieces = _read_ranks(data, path)
-    specials = {name: N_RANKS + i for i, name in enumerate(_special_names())}
+    specials = {name: N_RANKS + i for i, name in enumerate(special_names())}
     return BytePairTokenizer(
         pieces + [b""] * N_SPECIALS,
         LLAMA3,
@@ -55,7 +55,7 @@ def from_tokenizer_model(path: str | Path) -> BytePairTokenizer:
     )
 
 
-def _special_names() -> list[str]:
+def special_names() -> list[str]:
     """All 256 control tokens in the order of their ids."""
     reserved = (f"reserved_special_token_{i}" for i in range(2, N_SPECIALS - len(_NAMED) + 2))
     return [f"<|{name}|>" for name in (*_NAMED, *reserved)]
