@@ -11,6 +11,7 @@ TEST = [
     "pytest-timeout>=2.3",
     "ruff>=0.8",
     "gguf>=0.17",  # an independent reader of GGUF files and their blocks
+    "safetensors>=0.4",  # an independent reader and writer of its files
     "tokenizers>=0.20",  # an independent reader of tokenizer.json
 ]
 
@@ -29,7 +30,6 @@ setup(
         "numpy>=2",
         "regex",  # Unicode classes where tiktoken cannot go; it comes with tiktoken
         "rich>=13",  # progress bars, tables and trees of the command
-        "safetensors>=0.4",
         "tiktoken>=0.13",  # 0.13 merges long pieces in linear time
     ],
     extras_require={"test": TEST},

@@ -6,6 +6,7 @@ Format: the README of the safetensors project.
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
 import struct
@@ -15,11 +16,11 @@ from reprlib import repr as short
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from llama3np.errors import InputError
 from llama3np.load.checkpoint import DTYPES
 from llama3np.load.files import map_file, new_file, parse_json, view
+from llama3np.load.lazy import Lazy, write_tensor
 
 MAX_HEADER = 100_000_000  # bytes; the limit that the library sets
 SUPPORTED = {name.upper(): dtype for name, dtype in DTYPES.items()}
@@ -112,8 +113,34 @@ def _check_places(entries: Mapping[str, _Entry], size: int, path: Path) -> None:
         )
 
 
-def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write float32, float16 or bfloat16 arrays to a new file. Raises InputError if it exists."""
-    whole = {name: np.ascontiguousarray(w) for name, w in tensors.items()}
-    with new_file(path) as temporary:
-        save_file(whole, temporary, metadata={"format": "pt"})  # transformers asks for the format
+def write(path: Path, tensors: Mapping[str, np.ndarray | Lazy]) -> None:
+    """Write float32, float16 or bfloat16 tensors to a new file, one chunk in memory at a time.
+
+    They stand in the order given, but for those of more bytes a number, which come first: so each
+    lies aligned, as the library lays them out. Raises InputError if there is something at `path`.
+    """
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    with new_file(path) as temporary, temporary.open("wb") as file:
+        file.write(_encoded_header(ordered, path))
+        for name, w in ordered.items():
+            write_tensor(file, name, w)
+
+
+def _encoded_header(tensors: Mapping[str, np.ndarray | Lazy], path: Path) -> bytes:
+    """The length and the header; spaces fill it up so that the data begin at a multiple of 8."""
+    code_of = {dtype: code for code, dtype in SUPPORTED.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    end = 0
+    for name, w in tensors.items():
+        if w.dtype not in code_of:
+            found = f"expected dtype {', '.join(SUPPORTED)}, found {w.dtype}"
+            raise InputError(f"{path}: tensor {name!r}: {found}")
+        start, end = end, end + w.nbytes
+        header[name] = {
+            "dtype": code_of[w.dtype],
+            "shape": list(w.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
