@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from llama3np.errors import InputError
+from llama3np.errors import CheckpointError, InputError
 
 PAIRINGS = ("interleaved", "half")
 
@@ -106,11 +106,11 @@ class Config:
 
 @contextmanager
 def _naming(source: str) -> Iterator[None]:
-    """Put the file's name before the text of every InputError raised inside."""
+    """Raise every InputError from inside as a CheckpointError that begins with the file's name."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{source}: {error}") from None
+        raise CheckpointError(f"{source}: {error}") from None
 
 
 def _present(values: Mapping[str, Any], key: str, default: Any) -> Any:
@@ -216,7 +216,7 @@ def from_hf(values: Mapping[str, Any], source: str) -> Config:
 
     Reads the older form (rope_theta beside rope_scaling, `type` or `rope_type`) and the newer
     (rope_parameters with rope_theta inside). JSON's null means absent, as it does there. Raises
-    InputError, naming `source` and the key, for a size that is missing or senseless, for a
+    CheckpointError, naming `source` and the key, for a size that is missing or senseless, for a
     setting that is not supported, and for a key that is not known to be harmless.
     """
     with _naming(source):
@@ -319,7 +319,7 @@ def from_gguf(
 
     Rows of the embedding table and the tie are facts of the tensors, so they are given;
     divisors_P is the tensor rope_freqs.weight, if there is one (see scaling_from_divisors).
-    Raises InputError, naming `source` and the key, as from_hf does.
+    Raises CheckpointError, naming `source` and the key, as from_hf does.
     """
     with _naming(source):
         given = _gguf_settings(metadata, vocab_size)

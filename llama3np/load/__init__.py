@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llama3np.errors import InputError
+from llama3np.errors import CheckpointError
 from llama3np.load import gguf, huggingface, llama2c
 from llama3np.load.checkpoint import Checkpoint, Progress
 from llama3np.load.gguf import save_gguf
@@ -43,7 +43,7 @@ def load_checkpoint(path: str | Path, progress: Progress | None = None) -> Check
     """Load the model at `path`: a Hugging Face directory, a .gguf or a llama2.c file.
 
     progress(done_bytes, total_bytes, tensor_name) is called as each tensor becomes ready. Raises
-    InputError for anything that is not a complete, supported Llama checkpoint.
+    CheckpointError for anything that is not a complete, supported Llama checkpoint.
     """
     return _LOADERS[detect(path)](Path(path), progress)
 
@@ -51,13 +51,13 @@ def load_checkpoint(path: str | Path, progress: Progress | None = None) -> Check
 def detect(path: str | Path) -> str:
     """Which format is at `path`, by its content: "huggingface", "gguf" or "llama2c".
 
-    Raises InputError, saying what is there instead, if it is none of them.
+    Raises CheckpointError, saying what is there instead, if it is none of them.
     """
     path = Path(path)
     if path.is_dir():
         return _detect_directory(path)
     if not path.exists():
-        raise InputError(f"{path}: expected a checkpoint, found nothing there")
+        raise CheckpointError(f"{path}: expected a checkpoint, found nothing there")
     return _detect_file(path)
 
 
@@ -66,11 +66,11 @@ def _detect_directory(path: Path) -> str:
     if "config.json" in files and any(name.endswith(".safetensors") for name in files):
         return "huggingface"
     if "params.json" in files and any(name.endswith(".pth") for name in files):
-        raise InputError(f"{path}: a directory in Meta's layout, which is not supported yet")
+        raise CheckpointError(f"{path}: a directory in Meta's layout, which is not supported yet")
     if torch := sorted(name for name in files if name.endswith((".bin", ".pth", ".pt"))):
-        raise InputError(f"{path}: expected safetensors, found PyTorch files ({torch[0]})")
+        raise CheckpointError(f"{path}: expected safetensors, found PyTorch files ({torch[0]})")
     found = ", ".join(sorted(files)[:5]) or "no files"
-    raise InputError(f"{path}: expected config.json and safetensors, found {found}")
+    raise CheckpointError(f"{path}: expected config.json and safetensors, found {found}")
 
 
 def _detect_file(path: Path) -> str:
@@ -78,15 +78,15 @@ def _detect_file(path: Path) -> str:
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     if head[:4] == gguf.MAGIC:
         return "gguf"
     if llama2c.plausible(head):
         return "llama2c"
     for magic, what in _OTHER_FILES.items():
         if head.startswith(magic):
-            raise InputError(f"{path}: {what}")
+            raise CheckpointError(f"{path}: {what}")
     if head[8:9] == b"{":
-        raise InputError(f"{path}: a safetensors file; give its directory, with config.json")
+        raise CheckpointError(f"{path}: a safetensors file; give its directory, with config.json")
     found = f"one that begins with {head[:16]!r}" if head else "an empty file"
-    raise InputError(f"{path}: expected a GGUF or llama2.c file, found {found}")
+    raise CheckpointError(f"{path}: expected a GGUF or llama2.c file, found {found}")

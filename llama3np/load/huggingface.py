@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from llama3np.config import Config, from_hf
-from llama3np.errors import InputError
+from llama3np.errors import CheckpointError
 from llama3np.load import names, safetensors
 from llama3np.load.checkpoint import DTYPES, Checkpoint, Progress, assemble, report
-from llama3np.load.files import read_json, refuse_existing
+from llama3np.load.files import new_directory, read_json
 from llama3np.params import Params, named
 
 SINGLE = "model.safetensors"
@@ -26,7 +26,7 @@ _EMBED = names.foreign("embed_VD", "huggingface")
 
 
 def load(directory: Path, progress: Progress | None = None) -> Checkpoint:
-    """Load a directory of a Llama model. Raises InputError for all that is not as it should be."""
+    """Load a directory of a Llama model. Raises CheckpointError for all that is wrong."""
     settings_path = directory / "config.json"
     settings = read_json(settings_path)
     config = from_hf(settings, str(settings_path))
@@ -50,25 +50,26 @@ def _read_weights(directory: Path) -> tuple[dict[str, np.ndarray], int]:
         return safetensors.read(directory / SINGLE), 1
     if (directory / INDEX).exists():
         return _read_shards(directory / INDEX)
-    raise InputError(f"{directory}: expected {SINGLE} or {INDEX}, found neither")
+    raise CheckpointError(f"{directory}: expected {SINGLE} or {INDEX}, found neither")
 
 
 def _read_shards(index: Path) -> tuple[dict[str, np.ndarray], int]:
     file_of = read_json(index).get("weight_map")
     if not isinstance(file_of, dict) or not all(isinstance(f, str) for f in file_of.values()):
-        raise InputError(
+        raise CheckpointError(
             f"{index}: expected weight_map to give each tensor's file, found otherwise"
         )
     tensors: dict[str, np.ndarray] = {}
     files = sorted(set(file_of.values()))
+    beside = {path.name for path in index.parent.iterdir()}
     for file in files:
-        if Path(file).name != file or not (index.parent / file).is_file():
-            raise InputError(f"{index}: names the file {file!r}, which is not beside it")
+        if file not in beside:
+            raise CheckpointError(f"{index}: names the file {file!r}, which is not beside it")
         shard = safetensors.read(index.parent / file)
         listed = {name for name, its_file in file_of.items() if its_file == file}
         for name in sorted(listed ^ set(shard)):
             where = "in the index but not in" if name in listed else "not in the index but in"
-            raise InputError(f"{index}: the tensor {name!r} is {where} {file}")
+            raise CheckpointError(f"{index}: the tensor {name!r} is {where} {file}")
         tensors |= shard
     return tensors, len(files)
 
@@ -77,7 +78,7 @@ def _drop_copied_head(tensors: dict[str, np.ndarray], directory: Path) -> None:
     """A tied checkpoint may hold its head a second time; a head of other numbers is refused."""
     head = tensors.pop(_HEAD, None)
     if head is not None and _EMBED in tensors and not _same_bits(head, tensors[_EMBED]):
-        raise InputError(
+        raise CheckpointError(
             f"{directory}: config.json has tie_word_embeddings, but {_HEAD} differs from {_EMBED}"
         )
 
@@ -120,7 +121,9 @@ def _stop_ids(directory: Path, settings: Mapping[str, Any], tokenizer: Any) -> t
         found = values.get("eos_token_id")
         ids = found if isinstance(found, list) else [found]
         if found is not None and not all(type(i) is int and i >= 0 for i in ids):
-            raise InputError(f"{directory / file}: eos_token_id: expected ids, found {found!r}")
+            raise CheckpointError(
+                f"{directory / file}: eos_token_id: expected ids, found {found!r}"
+            )
         if found is not None:
             return tuple(ids)
     return tuple(tokenizer.stop_ids) if tokenizer else ()
@@ -143,24 +146,14 @@ def save_hf(
     whole or not at all; raises InputError if there is one that is not empty.
     """
     directory = Path(directory)
-    if directory.is_dir() and not any(directory.iterdir()):
-        directory.rmdir()
-    refuse_existing(directory)
     config, params = names.with_pairing(config, params, "half")
     ours = named(params, config.tied)
     tensors = {names.foreign(name, "huggingface"): w for name, w in ours.items()}
-    temporary = directory.with_name(directory.name + ".partial")
-    try:
-        temporary.mkdir(parents=True)
+    with new_directory(directory) as temporary:
         _write_json(temporary / "config.json", _settings(config, params))
         _write_weights(temporary, tensors, shard_bytes)
         for file in tokenizer_files:
             shutil.copyfile(file, temporary / Path(file).name)
-        temporary.rename(directory)
-    except OSError as error:
-        raise InputError(f"{directory}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _settings(config: Config, params: Params) -> dict[str, Any]:
