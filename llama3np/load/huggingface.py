@@ -13,7 +13,7 @@ import numpy as np
 from llama3np.config import Config, from_hf
 from llama3np.errors import CheckpointError
 from llama3np.load import names, safetensors
-from llama3np.load.checkpoint import DTYPES, Checkpoint, Progress, assemble, report
+from llama3np.load.checkpoint import Checkpoint, Progress, assemble, dtypes, report
 from llama3np.load.files import new_directory, read_json
 from llama3np.params import Params, named
 
@@ -39,7 +39,7 @@ def load(directory: Path, progress: Progress | None = None) -> Checkpoint:
     report(progress, {name: w.nbytes for name, w in ours.items()}, ours)
     tokenizer = _tokenizer(directory)
     files = "1 safetensors file" if n_files == 1 else f"{n_files} safetensors files"
-    layout = f"Hugging Face directory, {files}, {_dtypes(ours.values())}"
+    layout = f"Hugging Face directory, {files}, {dtypes(ours.values())}"
     stop_ids = _stop_ids(directory, settings, tokenizer)
     return Checkpoint(config, assemble(ours, config), tokenizer, layout, stop_ids)
 
@@ -92,15 +92,6 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
         np.array_equal(a_bytes[i : i + step], b_bytes[i : i + step])
         for i in range(0, len(a_bytes), step)
     )
-
-
-def _dtypes(weights: Iterable[np.ndarray]) -> str:
-    """The matrices' dtypes, the most bytes first: "bf16", "bf16 and f32"."""
-    nbytes = dict.fromkeys(DTYPES, 0)
-    short_name = {dtype: name for name, dtype in DTYPES.items()}
-    for w in weights:
-        nbytes[short_name[w.dtype]] += w.nbytes if w.ndim == 2 else 0
-    return " and ".join(sorted((n for n in nbytes if nbytes[n]), key=nbytes.__getitem__)[::-1])
 
 
 def _tokenizer(directory: Path) -> Any:

@@ -129,7 +129,8 @@ def with_pairing(config: Config, params: Params, pairing: str) -> tuple[Config, 
     reorder = to_half if pairing == "half" else to_interleaved
     layers = tuple(
         layer._replace(
-            wq=reorder(layer.wq, config.n_heads), wk=reorder(layer.wk, config.n_kv_heads)
+            wq=reorder(np.asarray(layer.wq), config.n_heads),
+            wk=reorder(np.asarray(layer.wk), config.n_kv_heads),
         )
         for layer in params.layers
     )

@@ -74,14 +74,14 @@ def _open(path: Path) -> _Opened:
 
 
 def _check_byte_order(data: mmap.mmap, member: Member | None, path: Path) -> None:
-    order = data[member.start : member.stop][:20] if member else b"little"
+    order = data[member.start : min(member.stop, member.start + 20)] if member else b"little"
     if order != b"little":
         raise CheckpointError(f"{path}: byteorder: expected b'little', found {order!r}")
 
 
 def _array(file: _Opened, name: str, value: Any) -> np.ndarray:
     """The view of the map that a Tensor describes, once every number of it has been checked."""
-    where = f"{file.path}: tensor {name!r}"
+    where = f"{file.path}: tensor {name[:200]!r}"
     if type(value) is not Tensor:
         raise CheckpointError(f"{where}: expected a tensor, found {type(value).__name__}")
     storage = value.storage

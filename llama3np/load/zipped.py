@@ -57,12 +57,12 @@ def members(data: mmap.mmap, path: Path) -> dict[str, Member]:
     found: dict[str, Member] = {}
     for entry in archive.entries():
         if entry.name in found:
-            raise archive.fail(f"the member {entry.name!r} is there twice")
+            raise archive.fail(f"the member {entry.name[:200]!r} is there twice")
         found[entry.name] = archive.member(entry)
     places = sorted((place, name) for name, place in found.items())
     for (before, _), (after, name) in pairwise(places):
         if after.start < before.stop:
-            raise archive.fail(f"the member {name!r} lies over another")
+            raise archive.fail(f"the member {name[:200]!r} lies over another")
     return found
 
 
@@ -127,19 +127,20 @@ class _Archive:
 
     def member(self, entry: _Entry) -> Member:
         name = entry.name
+        what = f"the member {name[:200]!r}"
         if entry.method != 0 or entry.flags & 1 or entry.stored != entry.size:
-            raise self.fail(f"the member {name!r} is compressed or encrypted, which is not read")
-        fields = self.unpack(_LOCAL, MAGIC, entry.header, f"the member {name!r}")
+            raise self.fail(f"{what} is compressed or encrypted, which is not read")
+        fields = self.unpack(_LOCAL, MAGIC, entry.header, what)
         name_at, name_length, extra_length = entry.header + _LOCAL.size, *fields[-2:]
         start = name_at + name_length + extra_length
         if start + entry.size > len(self.data):
             raise self.fail(
-                f"the member {name!r}: expected {entry.size} bytes at {start}, "
+                f"{what}: expected {entry.size} bytes at {start}, "
                 f"but the file ends at {len(self.data)} (is it complete?)"
             )
         local_name = self.data[name_at : name_at + name_length]
         if local_name.decode("utf-8", "backslashreplace") != name:
-            raise self.fail(f"the member {name!r} has another name where it lies")
+            raise self.fail(f"{what} has another name where it lies")
         return Member(start, start + entry.size)
 
 
