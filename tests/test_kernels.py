@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import configs, seeds
 
-from llama3np.kernels import Half, stored
-from llama3np.kernels import half as half_module
+from llama3np.kernels import Half, chunks, stored
 from llama3np.params import random
 
 HALVES = (np.float16, ml_dtypes.bfloat16)
@@ -28,7 +27,7 @@ def test_half_product_is_the_product_of_the_widened_rows(dtype, wide, M, n_in, n
     w = rng.standard_normal((n_out, n_in)).astype(dtype)
     x_MD = rng.standard_normal((M, n_in)).astype(wide)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(half_module, "CHUNK", chunk)
+        patch.setattr(chunks, "CHUNK", chunk)
         y_MO = x_MD @ Half(w).T
     exact = x_MD.astype(np.float64) @ w.astype(np.float64).T
     # Each product rounds once and n_in - 1 sums round: at most n_in units of the absolute sum.

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from llama3np.errors import InputError
+from llama3np.errors import CheckpointError, InputError
 from llama3np.load.dequant import FORMATS, OTHER_TYPES
 from llama3np.load.files import map_file, new_file, view
 from llama3np.load.lazy import Lazy, write_tensor
@@ -81,13 +81,13 @@ def _shortest(value: float) -> float:
 
 
 class _Cursor:
-    """A place in bytes that are not trusted; everything read is inside the file, or InputError."""
+    """A place in bytes that are not trusted; reading past the end is a CheckpointError."""
 
     def __init__(self, data: mmap.mmap, source: Path):
         self.data, self.source, self.at = data, source, 0
 
-    def fail(self, what: str) -> InputError:
-        return InputError(f"{self.source}: {what}")
+    def fail(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.source}: {what}")
 
     def need(self, nbytes: int, what: str) -> None:
         left = len(self.data) - self.at
@@ -140,7 +140,7 @@ def read(path: str | Path) -> GGUF:
     """Read a GGUF file's header over a map of it; no tensor is touched.
 
     A float32 number of the metadata is given as the shortest decimal that means it: 1e-05, which
-    the converter was given, not 9.999999747378752e-06. Raises InputError for what is not GGUF
+    the converter was given, not 9.999999747378752e-06. Raises CheckpointError for what is not GGUF
     2 or 3, lengths and offsets that do not fit the file, and tensor types not in FORMATS.
     """
     path = Path(path)
@@ -201,7 +201,7 @@ def _array(cursor: _Cursor, what: str) -> list[Any]:
 def _alignment(metadata: Mapping[str, Any], path: Path) -> int:
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment.bit_count() > 1:
-        raise InputError(
+        raise CheckpointError(
             f"{path}: general.alignment: expected a power of 2, found {short(alignment)}"
         )
     return alignment

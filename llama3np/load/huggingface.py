@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from llama3np.config import Config, from_hf
-from llama3np.errors import InputError
+from llama3np.errors import CheckpointError
 from llama3np.load import names, safetensors
-from llama3np.load.checkpoint import DTYPES, Checkpoint, Progress, assemble, report
+from llama3np.load.checkpoint import Checkpoint, Progress, assemble, dtypes, report
 from llama3np.load.files import new_directory, read_json
 from llama3np.params import Params, named
 
@@ -26,7 +26,7 @@ _EMBED = names.foreign("embed_VD", "huggingface")
 
 
 def load(directory: Path, progress: Progress | None = None) -> Checkpoint:
-    """Load a directory of a Llama model. Raises InputError for all that is not as it should be."""
+    """Load a directory of a Llama model. Raises CheckpointError for all that is wrong."""
     settings_path = directory / "config.json"
     settings = read_json(settings_path)
     config = from_hf(settings, str(settings_path))
@@ -39,7 +39,7 @@ def load(directory: Path, progress: Progress | None = None) -> Checkpoint:
     report(progress, {name: w.nbytes for name, w in ours.items()}, ours)
     tokenizer = _tokenizer(directory)
     files = "1 safetensors file" if n_files == 1 else f"{n_files} safetensors files"
-    layout = f"Hugging Face directory, {files}, {_dtypes(ours.values())}"
+    layout = f"Hugging Face directory, {files}, {dtypes(ours.values())}"
     stop_ids = _stop_ids(directory, settings, tokenizer)
     return Checkpoint(config, assemble(ours, config), tokenizer, layout, stop_ids)
 
@@ -50,25 +50,26 @@ def _read_weights(directory: Path) -> tuple[dict[str, np.ndarray], int]:
         return safetensors.read(directory / SINGLE), 1
     if (directory / INDEX).exists():
         return _read_shards(directory / INDEX)
-    raise InputError(f"{directory}: expected {SINGLE} or {INDEX}, found neither")
+    raise CheckpointError(f"{directory}: expected {SINGLE} or {INDEX}, found neither")
 
 
 def _read_shards(index: Path) -> tuple[dict[str, np.ndarray], int]:
     file_of = read_json(index).get("weight_map")
     if not isinstance(file_of, dict) or not all(isinstance(f, str) for f in file_of.values()):
-        raise InputError(
+        raise CheckpointError(
             f"{index}: expected weight_map to give each tensor's file, found otherwise"
         )
     tensors: dict[str, np.ndarray] = {}
     files = sorted(set(file_of.values()))
+    beside = {path.name for path in index.parent.iterdir()}
     for file in files:
-        if Path(file).name != file or not (index.parent / file).is_file():
-            raise InputError(f"{index}: names the file {file!r}, which is not beside it")
+        if file not in beside:
+            raise CheckpointError(f"{index}: names the file {file!r}, which is not beside it")
         shard = safetensors.read(index.parent / file)
         listed = {name for name, its_file in file_of.items() if its_file == file}
         for name in sorted(listed ^ set(shard)):
             where = "in the index but not in" if name in listed else "not in the index but in"
-            raise InputError(f"{index}: the tensor {name!r} is {where} {file}")
+            raise CheckpointError(f"{index}: the tensor {name!r} is {where} {file}")
         tensors |= shard
     return tensors, len(files)
 
@@ -77,7 +78,7 @@ def _drop_copied_head(tensors: dict[str, np.ndarray], directory: Path) -> None:
     """A tied checkpoint may hold its head a second time; a head of other numbers is refused."""
     head = tensors.pop(_HEAD, None)
     if head is not None and _EMBED in tensors and not _same_bits(head, tensors[_EMBED]):
-        raise InputError(
+        raise CheckpointError(
             f"{directory}: config.json has tie_word_embeddings, but {_HEAD} differs from {_EMBED}"
         )
 
@@ -91,15 +92,6 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
         np.array_equal(a_bytes[i : i + step], b_bytes[i : i + step])
         for i in range(0, len(a_bytes), step)
     )
-
-
-def _dtypes(weights: Iterable[np.ndarray]) -> str:
-    """The matrices' dtypes, the most bytes first: "bf16", "bf16 and f32"."""
-    nbytes = dict.fromkeys(DTYPES, 0)
-    short_name = {dtype: name for name, dtype in DTYPES.items()}
-    for w in weights:
-        nbytes[short_name[w.dtype]] += w.nbytes if w.ndim == 2 else 0
-    return " and ".join(sorted((n for n in nbytes if nbytes[n]), key=nbytes.__getitem__)[::-1])
 
 
 def _tokenizer(directory: Path) -> Any:
@@ -120,7 +112,9 @@ def _stop_ids(directory: Path, settings: Mapping[str, Any], tokenizer: Any) -> t
         found = values.get("eos_token_id")
         ids = found if isinstance(found, list) else [found]
         if found is not None and not all(type(i) is int and i >= 0 for i in ids):
-            raise InputError(f"{directory / file}: eos_token_id: expected ids, found {found!r}")
+            raise CheckpointError(
+                f"{directory / file}: eos_token_id: expected ids, found {found!r}"
+            )
         if found is not None:
             return tuple(ids)
     return tuple(tokenizer.stop_ids) if tokenizer else ()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llama3np.errors import InputError
+from llama3np.errors import CheckpointError
 from llama3np.tokenizer.base import stop_ids
 from llama3np.tokenizer.bpe import LLAMA3, SMOLLM, BytePairTokenizer
 from llama3np.tokenizer.bytelevel import Vocabulary, tokenizer
@@ -23,8 +23,9 @@ def from_gguf(metadata: dict[str, Any], source: str) -> BytePairTokenizer:
     """The tokenizer that a GGUF file's metadata describes.
 
     metadata: key -> value; arrays of strings are lists of str, arrays of numbers lists or NumPy
-    arrays. source: the file, for messages. Raises InputError, naming the key, for what is absent
-    and for a vocabulary or pre-tokenizer that is not supported: guessing gives wrong ids quietly.
+    arrays. source: the file, for messages. Raises CheckpointError, naming the key, for what is
+    absent and for a vocabulary or pre-tokenizer that is not supported: guessing gives wrong ids
+    quietly.
     """
     keys = _Keys(metadata, source)
     keys.one_of("model", ("gpt2",))
@@ -50,12 +51,12 @@ def _specials(keys: _Keys, texts: list[str]) -> dict[str, int]:
     """Control and unused tokens by name; any type but normal, control, unused is refused."""
     kinds = keys.numbers("token_type")
     if len(kinds) != len(texts):
-        raise InputError(
+        raise CheckpointError(
             f"{keys.source}: {_PREFIX}token_type: expected {len(texts)} values, found {len(kinds)}"
         )
     if strange := set(kinds) - {_NORMAL, _CONTROL, _UNUSED}:
         id = next(id for id, kind in enumerate(kinds) if kind in strange)
-        raise InputError(
+        raise CheckpointError(
             f"{keys.source}: {_PREFIX}token_type: expected normal and control tokens, "
             f"found type {kinds[id]} for token {id} {texts[id]!r}"
         )
@@ -72,7 +73,7 @@ class _Keys:
     def get(self, name: str, kind: type = object) -> Any:
         value = self._metadata.get(_PREFIX + name)
         if value is None:
-            raise InputError(f"{self.source}: expected the key {_PREFIX}{name}, found none")
+            raise CheckpointError(f"{self.source}: expected the key {_PREFIX}{name}, found none")
         if not isinstance(value, kind):
             raise self._wrong(name, kind.__name__, type(value).__name__)
         return value
@@ -93,8 +94,10 @@ class _Keys:
             raise self._wrong(name, "whole numbers", "something else")
         return [int(item) for item in value]
 
-    def _wrong(self, name: str, expected: Any, found: Any) -> InputError:
-        return InputError(f"{self.source}: {_PREFIX}{name}: expected {expected}, found {found}")
+    def _wrong(self, name: str, expected: Any, found: Any) -> CheckpointError:
+        return CheckpointError(
+            f"{self.source}: {_PREFIX}{name}: expected {expected}, found {found}"
+        )
 
     def one_of(self, name: str, known: tuple[str, ...]) -> str:
         value = self.get(name, str)
