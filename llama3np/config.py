@@ -309,7 +309,8 @@ def from_meta(
     """The Config of Meta's `params.json`, given as its parsed object.
 
     Rows of the embedding table and of w1, and the tie, are facts of the tensors. rope_factor is
-    that of `use_scaled_rope`, which the file does not tell (see meta_rope_factor). Raises CheckpointError, naming `source` and the key, as from_hf does.
+    that of `use_scaled_rope`, which the file does not tell (see meta_rope_factor). Raises
+    CheckpointError, naming `source` and the key, as from_hf does.
     """
     with _naming(source):
         given = _meta_settings(values, vocab_size, ffn_dim)

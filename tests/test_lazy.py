@@ -47,7 +47,8 @@ def test_a_lazy_tensor_has_the_size_of_the_array(pair):
     assert (lazy.ndim, lazy.size, lazy.nbytes) == (whole.ndim, whole.size, whole.nbytes)
     file = io.BytesIO()
     write_tensor(file, "t", lazy)
-    assert file.getvalue() == whole.tobytes()
+    assert file.getvalue() == whole.tobytes() == np.asarray(lazy).tobytes()
+    assert np.asarray(lazy).shape == whole.shape
 
 
 def test_ready_made_blocks_may_be_lazy(folder):

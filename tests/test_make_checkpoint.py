@@ -101,16 +101,18 @@ def test_tensors_and_seeds_do_not_repeat_one_another():
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("layout", ["hf", "gguf"])
-def test_every_format_loads_to_the_same_weights(tmp_path, layout, tied, dtype):
-    config = replace(TINY, tied=tied)
-    make_checkpoint.write(config, layout, tmp_path / "made", 3, dtype, shard_bytes=9000)
+@pytest.mark.parametrize(("layout", "mp"), [("hf", 1), ("gguf", 1), ("meta", 1), ("meta", 2)])
+def test_every_format_loads_to_the_same_weights(tmp_path, layout, mp, tied, dtype):
+    scaling = None if layout == "meta" else TINY.rope_scaling  # params.json has only Meta's own
+    config = replace(TINY, tied=tied, rope_scaling=scaling)
+    make_checkpoint.write(config, layout, tmp_path / "made", 3, dtype, mp, shard_bytes=9000)
     checkpoint = load_checkpoint(tmp_path / "made")
     found, params = names.with_pairing(checkpoint.config, checkpoint.params, "interleaved")
-    assert found == config
+    assert replace(found, context_length=config.context_length) == config
     for name, expected in made(config, dtype="f32", seed=3).items():
         w = named(params, tied)[name]
         np.testing.assert_array_equal(np.asarray(w, "f4"), expected, err_msg=name)
+    assert len(list(tmp_path.rglob("*.pth"))) == (mp if layout == "meta" else 0)
     assert checkpoint.params.layers[0].wq.dtype.itemsize == (4 if dtype == "f32" else 2)
 
 
@@ -172,3 +174,20 @@ def test_its_three_files_are_one_tokenizer(tmp_path):
     for text in TEXTS:
         assert one.encode(text) == two.encode(text) == three.encode(text)
         assert one.decode(one.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("layout", "file"), [("hf", "made"), ("meta", "made"), ("gguf", "made.gguf")]
+)
+def test_the_command_makes_a_model_that_talks(tmp_path, monkeypatch, capsys, layout, file):
+    small = Config(8, 2, 1, 1, 8, 8, 128_256)
+    monkeypatch.setitem(make_checkpoint.PRESETS, "llama3-8b", small)
+    out = str(tmp_path / file)
+    monkeypatch.setattr("sys.argv", ["", "llama3-8b", layout, out, "--scale-layers", "1"])
+    make_checkpoint.main()
+    assert f"{out}: 0.0" in capsys.readouterr().out
+    checkpoint = load_checkpoint(out)
+    assert checkpoint.config.n_layers == 1
+    assert checkpoint.tokenizer.decode(checkpoint.tokenizer.encode("hello")) == "hello"
+    with pytest.raises(SystemExit, match="exists already"):
+        make_checkpoint.main()

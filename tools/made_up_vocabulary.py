@@ -99,6 +99,3 @@ def write_tokenizer_json(path: Path) -> None:
         "model": model,
     }
     path.write_text(json.dumps(file, ensure_ascii=False), encoding="utf-8")
-
-
-WRITERS = {"tokenizer.model": write_tokenizer_model, "tokenizer.json": write_tokenizer_json}

@@ -14,13 +14,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import made_up
 import made_up_vocabulary
@@ -28,7 +25,7 @@ import numpy as np
 
 from llama3np.config import Config
 from llama3np.errors import InputError
-from llama3np.load import save_gguf, save_hf
+from llama3np.load import save_gguf, save_hf, save_meta
 from llama3np.load.gguf_file import Raw
 from llama3np.load.lazy import Lazy
 from llama3np.params import from_named, named
@@ -59,13 +56,22 @@ def write(
 
 
 def write_hf(config: Config, out: Path, seed: int, dtype: str, shard_bytes: int) -> None:
-    with tokenizer_files(config, "tokenizer.json") as files:
-        save_hf(out, config, made_up.params(config, dtype, seed=seed), shard_bytes, files)
+    save_hf(out, config, made_up.params(config, dtype, seed=seed), shard_bytes)
+    if config.vocab_size == LLAMA3_VOCABULARY:
+        made_up_vocabulary.write_tokenizer_json(out / "tokenizer.json")
+
+
+def write_meta(config: Config, out: Path, seed: int, dtype: str, mp: int) -> None:
+    save_meta(out, config, made_up.params(config, dtype, seed=seed), mp)
+    if config.vocab_size == LLAMA3_VOCABULARY:
+        made_up_vocabulary.write_tokenizer_model(out / "tokenizer.model")
 
 
 def write_gguf(config: Config, out: Path, seed: int, dtype: str) -> None:
     """As llama.cpp's converter writes it: norms in float32 whatever the matrices are."""
-    metadata = {"general.name": "made up", **vocabulary(config)}
+    metadata = {"general.name": "made up"}
+    if config.vocab_size == LLAMA3_VOCABULARY:
+        metadata |= made_up_vocabulary.gguf_metadata()
     stored = "f32" if dtype == "q8_0" else dtype
     params = made_up.params(config, stored, "f32", seed)
     if dtype == "q8_0":
@@ -88,25 +94,6 @@ def q8_0(w: Lazy) -> Raw:
             yield blocks_RC
 
     return Raw("Q8_0", w.shape, Lazy((w.size // 32, 34), np.dtype(np.uint8), chunks))
-
-
-# ---- tokenizers --------------------------------------------------------------------------------
-
-
-@contextmanager
-def tokenizer_files(config: Config, name: str) -> Iterator[list[Path]]:
-    """The made-up tokenizer as a file of this name, to be copied; none for other vocabularies."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        if config.vocab_size != LLAMA3_VOCABULARY:
-            yield []
-            return
-        made_up_vocabulary.WRITERS[name](path)
-        yield [path]
-
-
-def vocabulary(config: Config) -> dict[str, Any]:
-    return made_up_vocabulary.gguf_metadata() if config.vocab_size == LLAMA3_VOCABULARY else {}
 
 
 def main() -> None:

@@ -123,23 +123,3 @@ def new_file(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory, renamed to `path` if the block ends well, else removed.
-
-    An empty directory may be at `path` already.
-    """
-    if path.is_dir() and not any(path.iterdir()):
-        path.rmdir()
-    refuse_existing(path)
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
