@@ -19,6 +19,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 COMMANDS = {
     "generate": "continue a prompt; the text streams as it is made",
     "chat": "talk with a model: a line is a message; Ctrl-D or /exit ends",
+    "verify": "compare a checkpoint with what is publicly known of its model",
     "info": "say what a checkpoint is: architecture, parameters, bytes, tokenizer",
 }
 
