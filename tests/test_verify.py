@@ -1,4 +1,4 @@
-"""verify.py: a model whose facts are true passes, any other is told apart, and unknown is unknown."""
+"""verify.py: a model whose facts are true passes, any other is told apart, unknown is unknown."""
 
 import copy
 import hashlib
