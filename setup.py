@@ -14,6 +14,7 @@ TEST = [
     "ruff>=0.8",
     *LLAMA2,
     "gguf>=0.17",  # an independent reader of GGUF files and their blocks
+    "safetensors>=0.4",  # an independent reader and writer of its files
     "tokenizers>=0.20",  # an independent reader of tokenizer.json
 ]
 
@@ -26,13 +27,12 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["llama3np", "llama3np.*"]),
-    package_data={"llama3np": ["py.typed"]},
+    package_data={"llama3np": ["py.typed", "data/*.json"]},
     install_requires=[
         "ml_dtypes>=0.4",  # bfloat16 as an array dtype: widening is 1.5x faster than bit shifts
         "numpy>=2",
         "regex",  # Unicode classes where tiktoken cannot go; it comes with tiktoken
         "rich>=13",  # progress bars, tables and trees of the command
-        "safetensors>=0.4",
         "tiktoken>=0.13",  # 0.13 merges long pieces in linear time
     ],
     extras_require={"llama2": LLAMA2, "test": TEST},

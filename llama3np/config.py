@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from llama3np.errors import InputError
+from llama3np.errors import CheckpointError, InputError
 
 PAIRINGS = ("interleaved", "half")
+LLAMA3_OLD_CONTEXT = 8192  # of Llama 3, before 3.1 stretched it
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,11 @@ class Config:
 
 @contextmanager
 def _naming(source: str) -> Iterator[None]:
-    """Put the file's name before the text of every InputError raised inside."""
+    """Raise every InputError from inside as a CheckpointError that begins with the file's name."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{source}: {error}") from None
+        raise CheckpointError(f"{source}: {error}") from None
 
 
 def _present(values: Mapping[str, Any], key: str, default: Any) -> Any:
@@ -218,7 +219,7 @@ def from_hf(values: Mapping[str, Any], source: str) -> Config:
 
     Reads the older form (rope_theta beside rope_scaling, `type` or `rope_type`) and the newer
     (rope_parameters with rope_theta inside). JSON's null means absent, as it does there. Raises
-    InputError, naming `source` and the key, for a size that is missing or senseless, for a
+    CheckpointError, naming `source` and the key, for a size that is missing or senseless, for a
     setting that is not supported, and for a key that is not known to be harmless.
     """
     with _naming(source):
@@ -281,6 +282,124 @@ def _hf_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
     )
 
 
+# ---- Meta params.json ------------------------------------------------------------------------
+
+_META_READ = _words(
+    "dim n_layers n_heads n_kv_heads vocab_size norm_eps rope_theta multiple_of "
+    "ffn_dim_multiplier use_scaled_rope max_seq_len"
+)
+_META_NEUTRAL: dict[str, Any] = {
+    "quantization_args": None,
+    "lora_args": None,
+    "vision_model": None,
+    "vision_chunk_size": -1,
+    "vision_num_cross_attention_layers": -1,
+}
+_META_HARMLESS = _words("max_batch_size model_parallel_size vision_max_num_chunks")
+
+LLAMA2_VOCAB, LLAMA3_VOCAB = 32_000, 128_000  # at least so many rows has their embedding table
+
+
+def from_meta(
+    values: Mapping[str, Any],
+    vocab_size: int,
+    ffn_dim: int,
+    tied: bool,
+    source: str,
+    rope_factor: float | None = None,
+) -> Config:
+    """The Config of Meta's `params.json`, given as its parsed object.
+
+    Rows of the embedding table and of w1, and the tie, are facts of the tensors. rope_factor is
+    that of `use_scaled_rope`, which the file does not tell (see meta_rope_factor). Raises
+    CheckpointError, naming `source` and the key, as from_hf does.
+    """
+    with _naming(source):
+        given = _meta_settings(values, vocab_size, ffn_dim)
+        dim, n_heads = _size(given, "dim"), _size(given, "n_heads")
+        return Config(
+            dim=dim,
+            n_layers=_size(given, "n_layers"),
+            n_heads=n_heads,
+            n_kv_heads=_size(given, "n_kv_heads", n_heads),
+            head_dim=_head_dim(dim, n_heads),
+            ffn_dim=ffn_dim,
+            vocab_size=vocab_size,
+            norm_eps=_number(given, "norm_eps", 1e-5),
+            rope_theta=_number(given, "rope_theta", _meta_theta(vocab_size)),
+            rope_scaling=_meta_scaling(given, rope_factor),
+            rope_pairing="interleaved",
+            tied=tied,
+            context_length=_meta_context(given, vocab_size),
+        )
+
+
+def _meta_settings(values: Mapping[str, Any], vocab_size: int, ffn_dim: int) -> dict[str, Any]:
+    """The keys that have a value, none of them unknown, unsupported or against the tensors."""
+    given = {key: value for key, value in values.items() if value is not None}
+    _only(given, _META_NEUTRAL)
+    _known(given, (*_META_READ, *_META_NEUTRAL, *_META_HARMLESS), "the key")
+    if given.get("vocab_size", -1) != -1:  # -1 stands for the tokenizer's
+        _only(given, {"vocab_size": vocab_size})
+    if "multiple_of" in given:
+        _check_meta_ffn(given, ffn_dim)
+    return given
+
+
+def _check_meta_ffn(given: Mapping[str, Any], ffn_dim: int) -> None:
+    multiplier = _number(given, "ffn_dim_multiplier", 1.0)
+    dim, multiple_of = _size(given, "dim"), _size(given, "multiple_of")
+    try:
+        expected = meta_ffn_dim(dim, multiplier, multiple_of)
+    except OverflowError:
+        raise InputError(f"dim times {multiplier} is no width") from None
+    if expected != ffn_dim:
+        raise InputError(
+            f"multiple_of and ffn_dim_multiplier give a feed-forward width of {expected}, "
+            f"but w1 has {ffn_dim} rows"
+        )
+
+
+def _meta_theta(vocab_size: int) -> float:
+    """What Meta's readers have where the file has no theta: llama/model.py of Llama 2, and of 3."""
+    return 500000.0 if vocab_size >= LLAMA3_VOCAB else 10000.0
+
+
+def meta_ffn_dim(dim: int, multiplier: float, multiple_of: int) -> int:
+    """Two thirds of four widths, times the multiplier, rounded up: llama-models model.py."""
+    width = int(multiplier * int(2 * (4 * dim) / 3))
+    return -(-width // multiple_of) * multiple_of
+
+
+def meta_rope_factor(dim: int) -> float:
+    """The factor that `use_scaled_rope` stands for.
+
+    It is 8 in Meta's code, which was written for 3.1; Hugging Face's configs of 3.2 1B and 3B,
+    made by Meta, say 32. Only their widths tell those two from the others.
+    """
+    return 32.0 if dim in (2048, 3072) else 8.0
+
+
+def _meta_scaling(given: Mapping[str, Any], rope_factor: float | None) -> RopeScaling | None:
+    if not _flag(given, "use_scaled_rope"):
+        if rope_factor is not None:
+            raise InputError("a rope_factor was given, but the file does not have use_scaled_rope")
+        return None
+    factor = meta_rope_factor(_size(given, "dim")) if rope_factor is None else rope_factor
+    return RopeScaling(float(factor), 1.0, 4.0, LLAMA3_OLD_CONTEXT)
+
+
+def _meta_context(given: Mapping[str, Any], vocab_size: int) -> int:
+    """The length that the model was trained for; the file does not tell, its family does."""
+    if given.get("use_scaled_rope"):
+        length = 131072
+    elif vocab_size >= LLAMA3_VOCAB:
+        length = LLAMA3_OLD_CONTEXT
+    else:
+        length = 4096 if vocab_size >= LLAMA2_VOCAB else 2048
+    return _size(given, "max_seq_len", length)
+
+
 # ---- GGUF metadata ---------------------------------------------------------------------------
 
 # Accepted with this one value; the rest of what is read stands in from_gguf.
@@ -307,8 +426,6 @@ _GGUF_READ = _words(
 
 _GGUF_HARMLESS = ("tensor_data_layout", "rope.scaling.finetuned", "use_parallel_residual")
 
-LLAMA3_OLD_CONTEXT = 8192
-
 
 def from_gguf(
     metadata: Mapping[str, Any],
@@ -321,7 +438,7 @@ def from_gguf(
 
     Rows of the embedding table and the tie are facts of the tensors, so they are given;
     divisors_P is the tensor rope_freqs.weight, if there is one (see scaling_from_divisors).
-    Raises InputError, naming `source` and the key, as from_hf does.
+    Raises CheckpointError, naming `source` and the key, as from_hf does.
     """
     with _naming(source):
         given = _gguf_settings(metadata, vocab_size)

@@ -1,4 +1,4 @@
-"""The one exception that means: what was given cannot be used."""
+"""The exceptions that mean: what was given cannot be used."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message names the file, the tensor or key, what was expected and what was found. The
     command prints it without a traceback and exits with status 2.
     """
+
+
+class CheckpointError(InputError):
+    """A file of a checkpoint that is broken, incomplete, hostile or not supported."""

@@ -328,14 +328,18 @@ def load(
     dtype: str = "float32",
     max_seq_len: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
+    rope_factor: float | None = None,
 ) -> Llama:
-    """Load a checkpoint: a Hugging Face directory, a .gguf file, a llama2.c .bin file.
+    """Load a checkpoint: a Hugging Face or Meta directory, a .gguf file, a llama2.c .bin file.
 
     path: the file or directory, or the name of a model installed here ("smollm2").
     device: "cpu". dtype: the profile, "float32" or "float64". max_seq_len: the most tokens of a
     prompt and its continuation; the model's own, and at most 8192, if None.
     progress(done, total, name): is told the bytes that are read and converted; mapped ones are not.
-    Raises InputError, in one sentence, for whatever cannot be used.
+    rope_factor: of a Meta directory with use_scaled_rope, whose files do not tell it; 32 for the
+    widths of 3.2 1B and 3B, else 8, if None.
+    Raises InputError, in one sentence, for whatever cannot be used, and of it CheckpointError if
+    it is a file's fault.
     """
     from llama3np.load import load_checkpoint
     from llama3np.load.installed import resolve
@@ -343,7 +347,7 @@ def load(
     if device != "cpu":
         raise InputError(f"device: expected 'cpu', found {device!r}")
     profile(dtype)
-    checkpoint = load_checkpoint(resolve(path), progress)
+    checkpoint = load_checkpoint(resolve(path), progress, rope_factor)
     return Llama(
         checkpoint.config,
         checkpoint.params,

@@ -19,7 +19,7 @@ NLL = 1e-5  # relative
 SMOLLM2 = json.loads((paths.GOLDENS / "smollm2_135m_q4_1.json").read_text(encoding="utf-8"))
 SMOLLM2_ITEMS = [pytest.param(item, id=item["id"]) for item in SMOLLM2["items"]]
 STORIES_IDS = ("bos_only", "tim", "lily_ben", "cat", "quote")
-STORIES_FILES = ("stories260K.bin", "stories260K-hf")
+STORIES_FILES = ("stories260K.bin", "stories260K-hf", "stories260K-meta")
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import configs, seeds
 
-from llama3np.kernels import Half, stored
-from llama3np.kernels import half as half_module
+from llama3np.kernels import Half, chunks, stored
 from llama3np.params import random
 
 HALVES = (np.float16, ml_dtypes.bfloat16)
@@ -30,7 +29,7 @@ def test_half_product_is_the_product_of_the_widened_rows(dtype, wide, M, n_in, n
     w = rng.standard_normal((n_out, n_in)).astype(dtype)
     x_MD = rng.standard_normal((M, n_in)).astype(wide)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(half_module, "CHUNK", chunk)
+        patch.setattr(chunks, "CHUNK", chunk)
         y_MO = x_MD @ Half(w).T
     exact = x_MD.astype(np.float64) @ w.astype(np.float64).T
     # Each product rounds once and n_in - 1 sums round: at most n_in units of the absolute sum.
@@ -58,10 +57,10 @@ def test_stored_wraps_16_bit_matrices_and_copies_nothing(config, seed, dtype):
 
 
 def test_half_never_holds_more_than_a_chunk_widened():
-    w = Half(np.zeros((64, half_module.CHUNK // 16), np.float16))  # four chunks
+    w = Half(np.zeros((64, chunks.CHUNK // 16), np.float16))  # four chunks
     x_MD = np.zeros((1, w.shape[1]), np.float32)
     tracemalloc.start()
     x_MD @ w.T
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 1.1 * 4 * half_module.CHUNK
+    assert peak < 1.1 * 4 * chunks.CHUNK

@@ -644,12 +644,12 @@ def test_a_file_of_another_kind_is_told(tmp_path, content):
 
 
 DIRECTORIES = {
-    (): "expected config.json and safetensors, found no files",
-    ("readme.md",): "expected config.json and safetensors, found readme.md",
-    ("config.json",): "expected config.json and safetensors, found config.json",
-    ("config.json", "pytorch_model.bin"): "expected safetensors, found PyTorch files .pytorch_mod",
-    ("params.json", "consolidated.00.pth"): "Meta's layout, which is not supported yet",
-    ("consolidated.00.pth",): "expected safetensors, found PyTorch files",
+    (): "expected config.json and .safetensors files, .* found no files",
+    ("readme.md",): "found readme.md",
+    ("config.json",): "found config.json",
+    ("config.json", "pytorch_model.bin"): "found config.json, pytorch_model.bin",
+    ("consolidated.00.pth",): "params.json and consolidated.00.pth, found consolidated.00.pth",
+    ("config.json", "params.json"): "found config.json, params.json",
 }
 
 
@@ -657,12 +657,14 @@ DIRECTORIES = {
 def test_a_directory_of_another_kind_is_told(tmp_path, files):
     for file in files:
         (tmp_path / file).write_text("{}")
-    with pytest.raises(InputError, match=DIRECTORIES[files]):
+    with pytest.raises(InputError, match=rf"{tmp_path}: .*{DIRECTORIES[files]}$"):
         detect(tmp_path)
 
 
 def test_a_path_to_nothing_is_told(tmp_path):
-    with pytest.raises(InputError, match="nothing: expected a checkpoint, found nothing there"):
+    with pytest.raises(
+        InputError, match=r"nothing: expected a checkpoint.*\(smollm2\), found nothing"
+    ):
         detect(tmp_path / "nothing")
 
 

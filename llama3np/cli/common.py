@@ -30,6 +30,12 @@ def load_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", metavar="cpu", help="where to compute")
     parser.add_argument("--dtype", default="float32", choices=PROFILES, help="precision profile")
     parser.add_argument("--max-seq-len", type=int, metavar="N", help="prompt + new tokens at most")
+    parser.add_argument(
+        "--rope-factor",
+        type=float,
+        metavar="F",
+        help="RoPE scaling of a Meta directory with use_scaled_rope, which tells no factor",
+    )
 
 
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,6 +102,7 @@ def load_model(args: argparse.Namespace) -> tuple[Llama, float]:
             dtype=args.dtype,
             max_seq_len=args.max_seq_len,
             progress=progress,
+            rope_factor=args.rope_factor,
         )
     return llm, time.perf_counter() - start
 

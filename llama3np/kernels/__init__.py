@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from llama3np.kernels.half import Half
+from llama3np.kernels.joined import Joined
 from llama3np.params import Params, Weight
 
-__all__ = ["Half", "stored"]
+__all__ = ["Half", "Joined", "stored"]
 
 
 def stored(params: Params) -> Params:

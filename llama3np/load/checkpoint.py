@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from llama3np.config import Config
-from llama3np.params import Params, check, from_named
+from llama3np.params import Params, Weight, check, from_named
 from llama3np.sample import GREEDY, Sampling
 
 # progress(done_bytes, total_bytes, tensor_name), called once for each tensor
@@ -27,7 +27,8 @@ class Checkpoint(NamedTuple):
     """One model as its files hold it.
 
     Matrices are mapped float32, float16 or bfloat16 arrays, read-only and not copied, or float32
-    decoded from GGUF blocks. Norm vectors are float32 whatever the file has.
+    decoded from GGUF blocks, or a kernels.Joined of the shards of Meta's files. Norm vectors are
+    float32 whatever the file has.
     """
 
     config: Config
@@ -38,7 +39,7 @@ class Checkpoint(NamedTuple):
     sampling: Sampling = GREEDY  # what the files recommend
 
 
-def assemble(tensors: Mapping[str, np.ndarray], config: Config) -> Params:
+def assemble(tensors: Mapping[str, Weight], config: Config) -> Params:
     """The tree of tensors named as in params.named_shapes, norm vectors widened to float32."""
     widened = {
         name: w.astype(np.float32, copy=False) if w.ndim == 1 else w for name, w in tensors.items()
@@ -55,3 +56,12 @@ def report(progress: Progress | None, nbytes: Mapping[str, int], ready: Iterable
         done += nbytes[name]
         if progress is not None:
             progress(done, total, name)
+
+
+def dtypes(weights: Iterable[Any]) -> str:
+    """The matrices' dtypes, the most bytes first: "bf16", "bf16 and f32"."""
+    nbytes = dict.fromkeys(DTYPES, 0)
+    short_name = {dtype: name for name, dtype in DTYPES.items()}
+    for w in weights:
+        nbytes[short_name[w.dtype]] += w.nbytes if w.ndim == 2 else 0
+    return " and ".join(sorted((n for n in nbytes if nbytes[n]), key=nbytes.__getitem__)[::-1])

@@ -13,21 +13,25 @@ from typing import Any
 
 import numpy as np
 
-from llama3np.errors import InputError
+from llama3np.errors import CheckpointError, InputError
+
+# Parsed, JSON takes up to thirty times its bytes. The index of 405B, the longest, has 0.1 MB.
+MAX_JSON = 1 << 22
 
 
 def map_file(path: Path) -> mmap.mmap:
     """Map a file for reading; its pages are read when touched, and nothing is copied.
 
-    Raises InputError for a path that cannot be opened and for an empty file.
+    Raises CheckpointError for a path that cannot be opened and for an empty file.
     """
+    refuse_special(path)
     try:
         with path.open("rb") as file:
             if path.stat().st_size == 0:
-                raise InputError(f"{path}: the file is empty")
+                raise CheckpointError(f"{path}: the file is empty")
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def view(data: mmap.mmap, dtype: Any, shape: tuple[int, ...], offset: int) -> np.ndarray:
@@ -37,33 +41,47 @@ def view(data: mmap.mmap, dtype: Any, shape: tuple[int, ...], offset: int) -> np
     return np.ndarray(shape, dtype, buffer=data, offset=offset)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object. Raises InputError if it does not."""
+def refuse_special(path: Path) -> None:
+    """Raise CheckpointError for a pipe, a device or a directory: reading one may never end."""
     try:
-        return parse_json(path.read_bytes(), str(path))
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: expected a file, found something else")
+    except OSError as error:  # a name that is too long, a loop of links
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object. Raises CheckpointError if it does not."""
+    refuse_special(path)
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_JSON + 1)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(text) > MAX_JSON:
+        raise CheckpointError(f"{path}: expected at most {MAX_JSON} bytes, found more")
+    return parse_json(text, str(path))
 
 
 def parse_json(text: bytes, source: str) -> dict[str, Any]:
-    """Parse one JSON object in which no key stands twice. Raises InputError naming `source`."""
+    """Parse one JSON object without a repeated key. Raises CheckpointError naming `source`."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen = dict(pairs)
         if len(seen) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise InputError(f"{source}: the key {twice!r} stands twice in one object")
+            raise CheckpointError(f"{source}: the key {twice!r} stands twice in one object")
         return seen
 
     try:
         value = json.loads(text, object_pairs_hook=once)
-    except InputError:
+    except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
-        raise InputError(f"{source}: expected JSON, found something else ({error})") from None
+        raise CheckpointError(f"{source}: expected JSON, found something else ({error})") from None
     if not isinstance(value, dict):
-        raise InputError(f"{source}: expected a JSON object, found {type(value).__name__}")
+        raise CheckpointError(f"{source}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
@@ -71,6 +89,26 @@ def refuse_existing(path: Path) -> None:
     """Raise InputError if there is anything at `path`: nothing here overwrites."""
     if path.exists() or path.is_symlink():
         raise InputError(f"{path}: exists already, and is not overwritten")
+
+
+@contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """Yield a temporary directory, renamed to this one if the block ends well, else removed.
+
+    Raises InputError if there is anything at `directory` but an empty directory.
+    """
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
+    refuse_existing(directory)
+    temporary = directory.with_name(directory.name + ".partial")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(directory)
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -85,23 +123,3 @@ def new_file(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory, renamed to `path` if the block ends well, else removed.
-
-    An empty directory may be at `path` already.
-    """
-    if path.is_dir() and not any(path.iterdir()):
-        path.rmdir()
-    refuse_existing(path)
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama3np.config import Config, from_gguf, scaling_from_divisors
-from llama3np.errors import InputError
+from llama3np.errors import CheckpointError, InputError
 from llama3np.load import names
 from llama3np.load.checkpoint import Checkpoint, Progress, assemble, report
 from llama3np.load.dequant import FORMATS, start_decoding
@@ -38,7 +38,7 @@ __all__ = [
 def load(path: Path, progress: Progress | None = None) -> Checkpoint:
     """Load a Llama model. F32, F16 and BF16 matrices stay mapped; blocks are decoded to float32.
 
-    Raises InputError for all that is not as it should be.
+    Raises CheckpointError for all that is not as it should be.
     """
     gguf, config, matched, layout = open_file(path)
     params = assemble(_weights(gguf, matched, progress), config)
@@ -68,7 +68,7 @@ def open_file(path: Path) -> Opened:
 def _config(gguf: GGUF, path: Path) -> Config:
     embed, head = names.foreign("embed_VD", "gguf"), names.foreign("head_VD", "gguf")
     if embed not in gguf.tensors:
-        raise InputError(f"{path}: expected a tensor {embed!r}, found none")
+        raise CheckpointError(f"{path}: expected a tensor {embed!r}, found none")
     divisors_P = None
     if names.GGUF_ROPE_DIVISORS in gguf.tensors:
         divisors_P = plain_array(gguf, names.GGUF_ROPE_DIVISORS).astype(np.float32)
@@ -81,7 +81,7 @@ def plain_array(gguf: GGUF, name: str) -> np.ndarray:
     info = gguf.tensors[name]
     dtype = FORMATS[info.type].dtype
     if dtype is None:
-        raise InputError(f"tensor {name!r}: expected plain numbers, found {info.type}")
+        raise CheckpointError(f"tensor {name!r}: expected plain numbers, found {info.type}")
     return view(gguf.data, dtype, info.shape, info.offset)
 
 

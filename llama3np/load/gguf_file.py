@@ -16,9 +16,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from llama3np.errors import InputError
+from llama3np.errors import CheckpointError, InputError
 from llama3np.load.dequant import FORMATS, OTHER_TYPES
 from llama3np.load.files import map_file, new_file, view
+from llama3np.load.lazy import Lazy, write_tensor
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -67,7 +68,7 @@ class Raw(NamedTuple):
 
     type: str
     shape: tuple[int, ...]
-    blocks: np.ndarray  # uint8, any shape
+    blocks: np.ndarray | Lazy  # of any dtype and shape that has those bytes
 
 
 def _shortest(value: float) -> float:
@@ -80,13 +81,13 @@ def _shortest(value: float) -> float:
 
 
 class _Cursor:
-    """A place in bytes that are not trusted; everything read is inside the file, or InputError."""
+    """A place in bytes that are not trusted; reading past the end is a CheckpointError."""
 
     def __init__(self, data: mmap.mmap, source: Path):
         self.data, self.source, self.at = data, source, 0
 
-    def fail(self, what: str) -> InputError:
-        return InputError(f"{self.source}: {what}")
+    def fail(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.source}: {what}")
 
     def need(self, nbytes: int, what: str) -> None:
         left = len(self.data) - self.at
@@ -139,7 +140,7 @@ def read(path: str | Path) -> GGUF:
     """Read a GGUF file's header over a map of it; no tensor is touched.
 
     A float32 number of the metadata is given as the shortest decimal that means it: 1e-05, which
-    the converter was given, not 9.999999747378752e-06. Raises InputError for what is not GGUF
+    the converter was given, not 9.999999747378752e-06. Raises CheckpointError for what is not GGUF
     2 or 3, lengths and offsets that do not fit the file, and tensor types not in FORMATS.
     """
     path = Path(path)
@@ -200,7 +201,7 @@ def _array(cursor: _Cursor, what: str) -> list[Any]:
 def _alignment(metadata: Mapping[str, Any], path: Path) -> int:
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment.bit_count() > 1:
-        raise InputError(
+        raise CheckpointError(
             f"{path}: general.alignment: expected a power of 2, found {short(alignment)}"
         )
     return alignment
@@ -261,11 +262,12 @@ def _check_places(cursor: _Cursor, tensors: Mapping[str, TensorInfo]) -> None:
 def write(
     path: str | Path,
     metadata: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray | Raw],
+    tensors: Mapping[str, np.ndarray | Lazy | Raw],
     version: int = 3,
 ) -> None:
-    """Write a GGUF file of float32, float16 or bfloat16 arrays and ready-made blocks.
+    """Write a GGUF file of float32, float16 or bfloat16 tensors and ready-made blocks.
 
+    One chunk of a Lazy tensor is in memory at a time.
     Metadata values are bool, int, float, str, or lists of one of these. A number takes the
     smallest of uint32, int32, uint64, int64 that holds it (in a list: of int32, int64), and
     float32 if that keeps its decimal, else float64. Raises InputError for anything else, and if
@@ -283,21 +285,21 @@ def write(
         offset += -(-raw.blocks.nbytes // alignment) * alignment
     start = struct.pack("<4sIQQ", MAGIC, version, len(raws), len(pairs))
     with new_file(path) as temporary, temporary.open("wb") as file:
-        _write_padded(file, b"".join([start, *pairs, *infos]), alignment)
-        for raw in raws.values():
-            blocks = np.ascontiguousarray(raw.blocks).reshape(-1).data
-            _write_padded(file, blocks, alignment)
+        file.write(b"".join([start, *pairs, *infos]))
+        for name, raw in raws.items():
+            _pad(file, alignment)
+            write_tensor(file, name, raw.blocks)
+        _pad(file, alignment)
 
 
-def _write_padded(file: BinaryIO, data: bytes | memoryview, alignment: int) -> None:
-    file.write(data)
-    file.write(bytes(-len(data) % alignment))
+def _pad(file: BinaryIO, alignment: int) -> None:
+    file.write(bytes(-file.tell() % alignment))
 
 
-def _raw(name: str, w: np.ndarray) -> Raw:
+def _raw(name: str, w: np.ndarray | Lazy) -> Raw:
     for type_name, form in FORMATS.items():
         if form.dtype is not None and form.dtype == w.dtype:
-            return Raw(type_name, w.shape, np.ascontiguousarray(w).reshape(-1).view(np.uint8))
+            return Raw(type_name, w.shape, w)
     raise InputError(f"tensor {name!r}: expected float32, float16 or bfloat16, found {w.dtype}")
 
 

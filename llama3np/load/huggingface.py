@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama3np.config import Config, from_hf
-from llama3np.errors import InputError
+from llama3np.errors import CheckpointError, InputError
 from llama3np.load import names, safetensors
-from llama3np.load.checkpoint import DTYPES, Checkpoint, Progress, assemble, report
+from llama3np.load.checkpoint import Checkpoint, Progress, assemble, dtypes, report
 from llama3np.load.files import new_directory, read_json
 from llama3np.params import Params, named
 from llama3np.sample import GREEDY, Sampling
@@ -37,7 +37,7 @@ class Opened(NamedTuple):
 
 
 def load(directory: Path, progress: Progress | None = None) -> Checkpoint:
-    """Load a directory of a Llama model. Raises InputError for all that is not as it should be."""
+    """Load a directory of a Llama model. Raises CheckpointError for all that is wrong."""
     opened = open_directory(directory)
     ours = opened.tensors
     report(progress, {name: w.nbytes for name, w in ours.items()}, ours)
@@ -50,7 +50,7 @@ def load(directory: Path, progress: Progress | None = None) -> Checkpoint:
 def open_directory(directory: Path) -> Opened:
     """Read the settings and map the tensors, all of them checked against each other.
 
-    Raises InputError as load does.
+    Raises CheckpointError as load does.
     """
     settings_path, generation_path = directory / "config.json", directory / "generation_config.json"
     settings = read_json(settings_path)
@@ -63,7 +63,7 @@ def open_directory(directory: Path) -> Opened:
     matched = names.matched(shapes, config, "huggingface", str(directory))
     ours = {name: tensors[theirs] for name, theirs in matched.items()}
     files = "1 safetensors file" if n_files == 1 else f"{n_files} safetensors files"
-    layout = f"Hugging Face directory, {files}, {_dtypes(ours.values())}"
+    layout = f"Hugging Face directory, {files}, {dtypes(ours.values())}"
     stop_ids = _stop_ids({generation_path: generation, settings_path: settings})
     return Opened(config, ours, layout, stop_ids, _sampling(generation, generation_path))
 
@@ -74,25 +74,26 @@ def _read_weights(directory: Path) -> tuple[dict[str, np.ndarray], int]:
         return safetensors.read(directory / SINGLE), 1
     if (directory / INDEX).exists():
         return _read_shards(directory / INDEX)
-    raise InputError(f"{directory}: expected {SINGLE} or {INDEX}, found neither")
+    raise CheckpointError(f"{directory}: expected {SINGLE} or {INDEX}, found neither")
 
 
 def _read_shards(index: Path) -> tuple[dict[str, np.ndarray], int]:
     file_of = read_json(index).get("weight_map")
     if not isinstance(file_of, dict) or not all(isinstance(f, str) for f in file_of.values()):
-        raise InputError(
+        raise CheckpointError(
             f"{index}: expected weight_map to give each tensor's file, found otherwise"
         )
     tensors: dict[str, np.ndarray] = {}
     files = sorted(set(file_of.values()))
+    beside = {path.name for path in index.parent.iterdir()}
     for file in files:
-        if Path(file).name != file or not (index.parent / file).is_file():
-            raise InputError(f"{index}: names the file {file!r}, which is not beside it")
+        if file not in beside:
+            raise CheckpointError(f"{index}: names the file {file!r}, which is not beside it")
         shard = safetensors.read(index.parent / file)
         listed = {name for name, its_file in file_of.items() if its_file == file}
         for name in sorted(listed ^ set(shard)):
             where = "in the index but not in" if name in listed else "not in the index but in"
-            raise InputError(f"{index}: the tensor {name!r} is {where} {file}")
+            raise CheckpointError(f"{index}: the tensor {name!r} is {where} {file}")
         tensors |= shard
     return tensors, len(files)
 
@@ -101,7 +102,7 @@ def _drop_copied_head(tensors: dict[str, np.ndarray], directory: Path) -> None:
     """A tied checkpoint may hold its head a second time; a head of other numbers is refused."""
     head = tensors.pop(_HEAD, None)
     if head is not None and _EMBED in tensors and not _same_bits(head, tensors[_EMBED]):
-        raise InputError(
+        raise CheckpointError(
             f"{directory}: config.json has tie_word_embeddings, but {_HEAD} differs from {_EMBED}"
         )
 
@@ -117,17 +118,8 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     )
 
 
-def _dtypes(weights: Iterable[np.ndarray]) -> str:
-    """The matrices' dtypes, the most bytes first: "bf16", "bf16 and f32"."""
-    nbytes = dict.fromkeys(DTYPES, 0)
-    short_name = {dtype: name for name, dtype in DTYPES.items()}
-    for w in weights:
-        nbytes[short_name[w.dtype]] += w.nbytes if w.ndim == 2 else 0
-    return " and ".join(sorted((n for n in nbytes if nbytes[n]), key=nbytes.__getitem__)[::-1])
-
-
 def tokenizer_of(directory: Path) -> Any:
-    """The tokenizer in a directory, or None. Raises InputError for one that cannot be used."""
+    """The tokenizer in a directory, or None. Raises CheckpointError for one that cannot be used."""
     from llama3np import tokenizer  # not needed for the weights alone
 
     if (directory / "tokenizer.json").exists():
@@ -143,7 +135,7 @@ def _stop_ids(sources: Mapping[Path, Mapping[str, Any]]) -> tuple[int, ...]:
         found = values.get("eos_token_id")
         ids = found if isinstance(found, list) else [found]
         if found is not None and not all(type(i) is int and i >= 0 for i in ids):
-            raise InputError(f"{path}: eos_token_id: expected ids, found {found!r}")
+            raise CheckpointError(f"{path}: eos_token_id: expected ids, found {found!r}")
         if found is not None:
             return tuple(ids)
     return ()
@@ -160,12 +152,12 @@ def _sampling(generation: Mapping[str, Any], path: Path) -> Sampling:
     for name, value in given.items():
         kinds = int if name == "top_k" else (int, float)
         if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
-            raise InputError(f"{path}: {name}: expected a number, found {value!r}")
+            raise CheckpointError(f"{path}: {name}: expected a number, found {value!r}")
     values = {name: value for name, value in given.items() if value is not None}
     try:
         return Sampling(**{"temperature": 1.0, **values}).check()
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 # ---- writing ---------------------------------------------------------------------------------

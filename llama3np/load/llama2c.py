@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama3np.config import Config, from_llama2c
-from llama3np.errors import InputError
+from llama3np.errors import CheckpointError, InputError
 from llama3np.load import names
 from llama3np.load.checkpoint import Checkpoint, Progress, assemble, report
 from llama3np.load.files import map_file, new_file, view
@@ -61,14 +61,14 @@ def plausible(head: bytes) -> bool:
 def load(path: Path, progress: Progress | None = None) -> Checkpoint:
     """Load a checkpoint and the tok<V>.bin or tokenizer.bin beside it; weights stay mapped.
 
-    Raises InputError for a header or a file size that is not as it should be.
+    Raises CheckpointError for a header or a file size that is not as it should be.
     """
     data = map_file(path)
     config, order, start = _open(data, path)
     shapes = _shapes(config, order)
     expected = start + 4 * sum(map(math.prod, shapes.values()))
     if len(data) != expected:
-        raise InputError(f"{path}: expected {expected} bytes for {config}, found {len(data)}")
+        raise CheckpointError(f"{path}: expected {expected} bytes for {config}, found {len(data)}")
     stacked = {}
     for name, shape in shapes.items():
         stacked[name] = view(data, np.dtype("<f4"), shape, start)
@@ -84,7 +84,9 @@ def _open(data: mmap.mmap, path: Path) -> _Opened:
     if data[:4] == MAGIC:
         return _open_version_1(data, path)
     if len(data) < _LEGACY.size:
-        raise InputError(f"{path}: expected a header of {_LEGACY.size} bytes, found {len(data)}")
+        raise CheckpointError(
+            f"{path}: expected a header of {_LEGACY.size} bytes, found {len(data)}"
+        )
     *sizes, vocab_size, length = _LEGACY.unpack_from(data)
     tied = vocab_size > 0  # a negative size says that the head follows at the end
     config = from_llama2c([*sizes, abs(vocab_size), length], tied, str(path))
@@ -93,11 +95,11 @@ def _open(data: mmap.mmap, path: Path) -> _Opened:
 
 def _open_version_1(data: mmap.mmap, path: Path) -> _Opened:
     if len(data) < _VERSION_1_SIZE:
-        raise InputError(f"{path}: expected a header of 256 bytes, found {len(data)}")
+        raise CheckpointError(f"{path}: expected a header of 256 bytes, found {len(data)}")
     _, version, *sizes, shared = _VERSION_1.unpack_from(data)
     if version != 1:
         kind = " (int8 groups)" if version == 2 else ""
-        raise InputError(
+        raise CheckpointError(
             f"{path}: expected a llama2.c export of version 0 or 1, found {version}{kind}"
         )
     config = from_llama2c(sizes, bool(shared), str(path))
@@ -132,7 +134,7 @@ def _tokenizer(path: Path, config: Config) -> Any:
         if (beside := path.parent / file).is_file():
             found = tokenizer.from_llama2c(beside)
             if found.n_vocab != config.vocab_size:  # the format has no count: it may be cut short
-                raise InputError(
+                raise CheckpointError(
                     f"{beside}: expected the {config.vocab_size} tokens of {path.name}, "
                     f"found {found.n_vocab}"
                 )

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llama3np.config import PAIRINGS, Config
-from llama3np.errors import InputError
+from llama3np.errors import CheckpointError, InputError
 from llama3np.params import Params, named_shapes
 
 Shape = tuple[int, ...]
@@ -72,11 +72,11 @@ def foreign(ours: str, layout: str) -> str:
 def matched(found: Mapping[str, Shape], config: Config, layout: str, source: str) -> dict[str, str]:
     """Our name -> the file's name of every tensor, once the file has exactly what `config` asks.
 
-    `found` gives the shape of each tensor in the file. Raises InputError, naming the tensors, for
-    absent ones, extra ones (those of TOLERATED are not), and wrong shapes.
+    `found` gives the shape of each tensor in the file. Raises CheckpointError, naming the tensors,
+    for absent ones, extra ones (those of TOLERATED are not), and wrong shapes.
     """
     if config.n_layers > len(found):  # also keeps a senseless count from building a huge table
-        raise InputError(
+        raise CheckpointError(
             f"{source}: expected {config.n_layers} layers, found {len(found)} tensors in all"
         )
     ours_shapes = named_shapes(config)
@@ -99,7 +99,7 @@ def _refuse(source: str, what: str, culprits: Iterable[str]) -> None:
     if some:
         first = ", ".join(ascii(name)[1:-1] for name in some[:3])
         more = f" and {len(some) - 3} more" if len(some) > 3 else ""
-        raise InputError(f"{source}: {len(some)} {what}: {first}{more}")
+        raise CheckpointError(f"{source}: {len(some)} {what}: {first}{more}")
 
 
 # ---- the order of the rows of wq and wk ------------------------------------------------------
@@ -129,7 +129,8 @@ def with_pairing(config: Config, params: Params, pairing: str) -> tuple[Config, 
     reorder = to_half if pairing == "half" else to_interleaved
     layers = tuple(
         layer._replace(
-            wq=reorder(layer.wq, config.n_heads), wk=reorder(layer.wk, config.n_kv_heads)
+            wq=reorder(np.asarray(layer.wq), config.n_heads),
+            wk=reorder(np.asarray(layer.wk), config.n_kv_heads),
         )
         for layer in params.layers
     )

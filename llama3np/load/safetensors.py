@@ -6,6 +6,7 @@ Format: the README of the safetensors project.
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
 import struct
@@ -15,13 +16,12 @@ from reprlib import repr as short
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from llama3np.errors import InputError
+from llama3np.errors import CheckpointError, InputError
 from llama3np.load.checkpoint import DTYPES
-from llama3np.load.files import map_file, new_file, parse_json, view
+from llama3np.load.files import MAX_JSON, map_file, new_file, parse_json, view
+from llama3np.load.lazy import Lazy, write_tensor
 
-MAX_HEADER = 100_000_000  # bytes; the limit that the library sets
 SUPPORTED = {name.upper(): dtype for name, dtype in DTYPES.items()}
 
 
@@ -37,7 +37,7 @@ class _Entry(NamedTuple):
 def read(path: Path) -> dict[str, np.ndarray]:
     """Name -> read-only array over the mapped file, float32, float16 or bfloat16.
 
-    Raises InputError for anything the format forbids, a file cut short, and other dtypes.
+    Raises CheckpointError for anything the format forbids, a file cut short, and other dtypes.
     """
     data = map_file(path)
     header, data_start = _header(data, path)
@@ -52,12 +52,14 @@ def read(path: Path) -> dict[str, np.ndarray]:
 def _header(data: mmap.mmap, path: Path) -> tuple[dict[str, Any], int]:
     """The header without its text annotations, and where the data begin."""
     if len(data) < 8:
-        raise InputError(f"{path}: expected a safetensors header of 8 bytes, found {len(data)}")
+        raise CheckpointError(
+            f"{path}: expected a safetensors header of 8 bytes, found {len(data)}"
+        )
     (length,) = struct.unpack_from("<Q", data)
-    if length > min(MAX_HEADER, len(data) - 8):
-        raise InputError(
+    if length > min(MAX_JSON, len(data) - 8):
+        raise CheckpointError(
             f"{path}: the safetensors header's length is {length}, but the file has "
-            f"{len(data) - 8} bytes after it and the limit is {MAX_HEADER}"
+            f"{len(data) - 8} bytes after it and the limit is {MAX_JSON}"
         )
     header = parse_json(data[8 : 8 + length], f"{path}: safetensors header")
     header.pop("__metadata__", None)
@@ -66,23 +68,23 @@ def _header(data: mmap.mmap, path: Path) -> tuple[dict[str, Any], int]:
 
 def _entry(name: str, value: Any, path: Path) -> _Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise InputError(
+        raise CheckpointError(
             f"{path}: tensor {name!r}: expected dtype, shape and data_offsets, found {short(value)}"
         )
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in SUPPORTED:
-        raise InputError(
+        raise CheckpointError(
             f"{path}: tensor {name!r}: expected dtype {', '.join(SUPPORTED)}, found {short(dtype)}"
         )
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
-        raise InputError(
+        raise CheckpointError(
             f"{path}: tensor {name!r}: expected whole numbers as shape and two as data_offsets, "
             f"found {short(shape)} and {short(offsets)}"
         )
     entry = _Entry(SUPPORTED[dtype], tuple(shape), *offsets)
     expected = math.prod(shape) * entry.dtype.itemsize
     if entry.stop - entry.start != expected:
-        raise InputError(
+        raise CheckpointError(
             f"{path}: tensor {name!r}: {dtype} of shape {short(shape)} takes {expected} bytes, "
             f"but data_offsets {short(offsets)} give {entry.stop - entry.start}"
         )
@@ -101,19 +103,45 @@ def _check_places(entries: Mapping[str, _Entry], size: int, path: Path) -> None:
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
         if entry.start != end:
-            raise InputError(
+            raise CheckpointError(
                 f"{path}: tensor {name!r}: expected its data at byte {end}, where the tensor "
                 f"before it ends, found data_offsets [{entry.start}, {entry.stop}]"
             )
         end = entry.stop
     if end != size:
-        raise InputError(
+        raise CheckpointError(
             f"{path}: expected {end} bytes after the header, found {size} (is the file complete?)"
         )
 
 
-def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write float32, float16 or bfloat16 arrays to a new file. Raises InputError if it exists."""
-    whole = {name: np.ascontiguousarray(w) for name, w in tensors.items()}
-    with new_file(path) as temporary:
-        save_file(whole, temporary, metadata={"format": "pt"})  # transformers asks for the format
+def write(path: Path, tensors: Mapping[str, np.ndarray | Lazy]) -> None:
+    """Write float32, float16 or bfloat16 tensors to a new file, one chunk in memory at a time.
+
+    They stand in the order given, but for those of more bytes a number, which come first: so each
+    lies aligned, as the library lays them out. Raises InputError if there is something at `path`.
+    """
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    with new_file(path) as temporary, temporary.open("wb") as file:
+        file.write(_encoded_header(ordered, path))
+        for name, w in ordered.items():
+            write_tensor(file, name, w)
+
+
+def _encoded_header(tensors: Mapping[str, np.ndarray | Lazy], path: Path) -> bytes:
+    """The length and the header; spaces fill it up so that the data begin at a multiple of 8."""
+    code_of = {dtype: code for code, dtype in SUPPORTED.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    end = 0
+    for name, w in tensors.items():
+        if w.dtype not in code_of:
+            found = f"expected dtype {', '.join(SUPPORTED)}, found {w.dtype}"
+            raise InputError(f"{path}: tensor {name!r}: {found}")
+        start, end = end, end + w.nbytes
+        header[name] = {
+            "dtype": code_of[w.dtype],
+            "shape": list(w.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

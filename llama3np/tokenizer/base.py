@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from llama3np.errors import InputError
+from llama3np.errors import CheckpointError, InputError
 
 # Control tokens that end a generation: Llama 3's (Meta llama/tokenizer.py:91 and, for <|eom_id|>,
 # llama-models tokenizer.py), then those of ChatML models.
@@ -21,11 +21,14 @@ def stop_ids(specials: dict[str, int], *declared: int | None) -> tuple[int, ...]
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The content of a file. Raises InputError if it cannot be read."""
+    """The content of a file. Raises CheckpointError if it cannot be read."""
     try:
-        return Path(path).read_bytes()
+        path = Path(path)
+        if path.exists() and not path.is_file():  # a pipe or a device has no end
+            raise CheckpointError(f"{path}: cannot be read (no regular file)")
+        return path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 class Tokenizer(ABC):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llama3np.errors import InputError
+from llama3np.errors import CheckpointError
 from llama3np.tokenizer.bpe import BytePairTokenizer, PreTokenizer
 from llama3np.tokenizer.merges import check_merges
 
@@ -30,12 +30,14 @@ class Vocabulary:
 def tokenizer(vocab: Vocabulary, **known: Any) -> BytePairTokenizer:
     """A tokenizer that gives the ids which the file's own rules give.
 
-    `known` goes to Tokenizer. Raises InputError where that cannot be guaranteed.
+    `known` goes to Tokenizer. Raises CheckpointError where that cannot be guaranteed.
     """
     control = set(vocab.specials.values())
     ordinary = {text: id for id, text in enumerate(vocab.texts) if id not in control}
     if len(ordinary) + len(control) != len(vocab.texts):
-        raise InputError(f"{vocab.source}: expected every token once, found one text for two ids")
+        raise CheckpointError(
+            f"{vocab.source}: expected every token once, found one text for two ids"
+        )
     pieces = [b""] * len(vocab.texts)
     for id, piece in zip(ordinary.values(), _to_bytes(list(ordinary), vocab.source), strict=True):
         pieces[id] = piece
@@ -60,9 +62,9 @@ def _to_bytes(texts: list[str], source: str) -> list[bytes]:
     joined = "".join(texts)
     if strange := set(joined) - set(alphabet):
         text = next(text for text in texts if strange & set(text))
-        raise InputError(f"{source}: token {text!r} is not written in the byte-level alphabet")
+        raise CheckpointError(f"{source}: token {text!r} is not written in the byte-level alphabet")
     if "" in texts:
-        raise InputError(f"{source}: expected tokens with text, found an empty one")
+        raise CheckpointError(f"{source}: expected tokens with text, found an empty one")
     data = joined.translate({ord(c): byte for byte, c in enumerate(alphabet)}).encode("latin-1")
     pieces = []
     start = 0
@@ -75,7 +77,7 @@ def _to_bytes(texts: list[str], source: str) -> list[bytes]:
 def split_merges(merges: Sequence[Any], source: str) -> list[tuple[str, ...]]:
     """Merges as pairs; the tokenizers library writes "a b", since 0.20 ["a", "b"].
 
-    Raises InputError, naming `source`, for what is not two texts.
+    Raises CheckpointError, naming `source`, for what is not two texts.
     """
     try:
         pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
@@ -83,5 +85,5 @@ def split_merges(merges: Sequence[Any], source: str) -> list[tuple[str, ...]]:
         pairs = [()]
     for i, pair in enumerate(pairs):
         if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise InputError(f"{source}: merge {i}: expected two tokens, found {pair}")
+            raise CheckpointError(f"{source}: merge {i}: expected two tokens, found {pair}")
     return pairs

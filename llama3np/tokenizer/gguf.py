@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llama3np.errors import InputError
+from llama3np.errors import CheckpointError
 from llama3np.tokenizer.base import Tokenizer, stop_ids
 from llama3np.tokenizer.bpe import LLAMA3, SMOLLM
 from llama3np.tokenizer.bytelevel import Vocabulary, tokenizer
@@ -26,8 +26,9 @@ def from_gguf(metadata: dict[str, Any], source: str) -> Tokenizer:
     """The tokenizer that a GGUF file's metadata describes.
 
     metadata: key -> value; arrays of strings are lists of str, arrays of numbers lists or NumPy
-    arrays. source: the file, for messages. Raises InputError, naming the key, for what is absent
-    and for a vocabulary or pre-tokenizer that is not supported: guessing gives wrong ids quietly.
+    arrays. source: the file, for messages. Raises CheckpointError, naming the key, for what is
+    absent and for a vocabulary or pre-tokenizer that is not supported: guessing gives wrong ids
+    quietly.
     """
     keys = _Keys(metadata, source)
     return _READERS[keys.one_of("model", tuple(_READERS))](keys)
@@ -85,12 +86,12 @@ def _kinds(keys: _Keys, texts: list[str], known: Collection[int]) -> list[int]:
     """The type of each token; one that is not in `known` is refused."""
     kinds = keys.numbers("token_type")
     if len(kinds) != len(texts):
-        raise InputError(
+        raise CheckpointError(
             f"{keys.source}: {_PREFIX}token_type: expected {len(texts)} values, found {len(kinds)}"
         )
     if strange := set(kinds) - set(known):
         id = next(id for id, kind in enumerate(kinds) if kind in strange)
-        raise InputError(
+        raise CheckpointError(
             f"{keys.source}: {_PREFIX}token_type: expected types among "
             f"{', '.join(map(str, known))}, found type {kinds[id]} for token {id} {texts[id]!r}"
         )
@@ -102,7 +103,7 @@ def _scores(keys: _Keys, count: int) -> list[float]:
     found = keys.get("scores")
     scores = list(found) if isinstance(found, list | np.ndarray) else []
     if len(scores) != count or not all(isinstance(s, Real) and isfinite(s) for s in scores):
-        raise InputError(
+        raise CheckpointError(
             f"{keys.source}: {_PREFIX}scores: expected {count} finite numbers, found others"
         )
     return [float(score) for score in scores]
@@ -125,7 +126,7 @@ class _Keys:
     def get(self, name: str, kind: type = object) -> Any:
         value = self._metadata.get(_PREFIX + name)
         if value is None:
-            raise InputError(f"{self.source}: expected the key {_PREFIX}{name}, found none")
+            raise CheckpointError(f"{self.source}: expected the key {_PREFIX}{name}, found none")
         if not isinstance(value, kind):
             raise self._wrong(name, kind.__name__, type(value).__name__)
         return value
@@ -146,8 +147,10 @@ class _Keys:
             raise self._wrong(name, "whole numbers", "something else")
         return [int(item) for item in value]
 
-    def _wrong(self, name: str, expected: Any, found: Any) -> InputError:
-        return InputError(f"{self.source}: {_PREFIX}{name}: expected {expected}, found {found}")
+    def _wrong(self, name: str, expected: Any, found: Any) -> CheckpointError:
+        return CheckpointError(
+            f"{self.source}: {_PREFIX}{name}: expected {expected}, found {found}"
+        )
 
     def one_of(self, name: str, known: tuple[str, ...]) -> str:
         value = self.get(name, str)
@@ -171,7 +174,7 @@ class _Keys:
         """Refuse the two keys by which sentencepiece changes a text before cutting it."""
         for name in ("precompiled_charsmap", "remove_extra_whitespaces"):
             if self._metadata.get(_PREFIX + name):
-                raise InputError(f"{self.source}: {_PREFIX}{name}: not supported")
+                raise CheckpointError(f"{self.source}: {_PREFIX}{name}: not supported")
 
     def template(self) -> str | None:
         value = self._metadata.get("tokenizer.chat_template")

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llama3np.errors import InputError
+from llama3np.errors import CheckpointError
 from llama3np.tokenizer.base import Tokenizer, read_bytes, stop_ids
 from llama3np.tokenizer.bpe import LLAMA3, SMOLLM, PreTokenizer
 from llama3np.tokenizer.bytelevel import Vocabulary, split_merges, tokenizer
@@ -44,7 +44,7 @@ def from_tokenizer_json(path: str | Path) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`, with what `tokenizer_config.json` beside it adds.
 
     From the latter: BOS, EOS, whether prompts begin with BOS, the chat template. Raises
-    InputError for a file that is broken or asks for anything not supported.
+    CheckpointError for a file that is broken or asks for anything not supported.
     """
     path = Path(path)
     file = _Node(_read_json(path), str(path))
@@ -78,21 +78,21 @@ class _Node:
 
     def __init__(self, value: Any, where: str):
         if not isinstance(value, dict):
-            raise InputError(f"{where}: expected an object, found {type(value).__name__}")
+            raise CheckpointError(f"{where}: expected an object, found {type(value).__name__}")
         self.value = value
         self.where = where
 
     def get(self, key: str, kind: type) -> Any:
         if not isinstance(self.value.get(key), kind):
             found = type(self.value[key]).__name__ if key in self.value else "nothing"
-            raise InputError(f"{self.where}: {key}: expected {kind.__name__}, found {found}")
+            raise CheckpointError(f"{self.where}: {key}: expected {kind.__name__}, found {found}")
         return self.value[key]
 
     def expect(self, **wanted: Any) -> None:
         """Refuse keys with another value; None stands for an absent key as well."""
         for key, value in wanted.items():
             if (self.value.get(key) or None) != (value or None):
-                raise InputError(
+                raise CheckpointError(
                     f"{self.where}: {key}: expected {value!r}, found {_brief(self.value.get(key))}"
                 )
 
@@ -143,7 +143,9 @@ def _pieces(file: _Node, specials: dict[str, int], **known: Any) -> Tokenizer:
     for rank, pair in enumerate(split_merges(model.get("merges", list), file.where)):
         left, right = (text.replace(SPACE, " ") for text in pair)
         if not {left, right, left + right} <= tokens.ids.keys():
-            raise InputError(f"{file.where}: merge {rank} {pair} has or makes what is no token")
+            raise CheckpointError(
+                f"{file.where}: merge {rank} {pair} has or makes what is no token"
+            )
         ranks[left, right] = rank
     begins_after = {None, *specials.values()}
     return PieceTokenizer(tokens, by_rank(ranks), begins_after, prefix, **known)
@@ -156,7 +158,7 @@ def _prefix(file: _Node) -> str:
         return "always"
     if normalizer is None and pre == _METASPACE:
         return "unless space"
-    raise InputError(
+    raise CheckpointError(
         f"{file.where}: expected Llama 2's normalizer (Prepend, Replace) or its pre_tokenizer "
         f"(Metaspace), found {_brief(normalizer)} and {_brief(pre)}"
     )
@@ -168,7 +170,7 @@ def _pre_tokenizer(file: _Node) -> PreTokenizer:
     for pre, wanted in _PRE:
         if isinstance(steps, list) and list(map(_without_offsets, steps)) == wanted:
             return pre
-    raise InputError(
+    raise CheckpointError(
         f"{file.where}: pre_tokenizer: expected Llama 3's Split or SmolLM2's Digits, "
         f"then ByteLevel, found {_brief(found)}"
     )
@@ -187,14 +189,16 @@ def _specials(file: _Node) -> dict[str, int]:
         token = _Node(value, f"{file.where}: added_tokens[{i}]")
         name, id = token.get("content", str), token.get("id", int)
         if not token.value.get("special"):
-            raise InputError(f"{token.where}: {name!r} is to be found in plain text: not supported")
+            raise CheckpointError(
+                f"{token.where}: {name!r} is to be found in plain text: not supported"
+            )
         specials[name] = id
     return specials
 
 
 def _special_id(specials: dict[str, int], name: str | None, path: Path) -> int | None:
     if name is not None and name not in specials:
-        raise InputError(f"{path}: expected {name!r} among added_tokens, found none")
+        raise CheckpointError(f"{path}: expected {name!r} among added_tokens, found none")
     return None if name is None else specials[name]
 
 
@@ -204,7 +208,7 @@ def _by_id(vocab: dict[str, Any], specials: dict[str, int], where: str) -> list[
     texts: list[str | None] = [None] * len(ids)
     for text, id in ids.items():
         if not isinstance(id, int) or not 0 <= id < len(texts) or texts[id] is not None:
-            raise InputError(
+            raise CheckpointError(
                 f"{where}: expected ids 0 to {len(texts) - 1}, each once, found {id} for {text!r}"
             )
         texts[id] = text
@@ -228,7 +232,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError
-        raise InputError(f"{path}: expected JSON, found something else ({error})") from None
+        raise CheckpointError(f"{path}: expected JSON, found something else ({error})") from None
 
 
 def config_beside(path: Path) -> dict[str, Any]:

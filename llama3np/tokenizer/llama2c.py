@@ -11,7 +11,7 @@ import struct
 from math import isfinite
 from pathlib import Path
 
-from llama3np.errors import InputError
+from llama3np.errors import CheckpointError
 from llama3np.tokenizer.base import read_bytes
 from llama3np.tokenizer.pieces import BYTE_NAMES, PieceTokenizer, Table, by_score
 
@@ -23,14 +23,14 @@ _FIRST_PIECE = _FIRST_BYTE + 256
 def from_llama2c(path: str | Path) -> PieceTokenizer:
     """The tokenizer of a llama2.c `.bin` file (tok512.bin, or Llama 2's tokenizer.bin).
 
-    Raises InputError for a file that is cut off or laid out otherwise: the first version of this
-    format has no length before the tokens.
+    Raises CheckpointError for a file that is cut off or laid out otherwise: the first version of
+    this format has no length before the tokens.
     """
     scores, texts = _read_tokens(read_bytes(path), path)
     if texts[_FIRST_BYTE:_FIRST_PIECE] != BYTE_NAMES:
-        raise InputError(f"{path}: expected the tokens <0x00> to <0xFF> at ids 3 to 258")
+        raise CheckpointError(f"{path}: expected the tokens <0x00> to <0xFF> at ids 3 to 258")
     if len(set(texts)) < len(texts):
-        raise InputError(f"{path}: expected {len(texts)} different tokens, found one twice")
+        raise CheckpointError(f"{path}: expected {len(texts)} different tokens, found one twice")
     return of_pieces(scores[_FIRST_PIECE:], texts[_FIRST_PIECE:])
 
 
@@ -63,7 +63,7 @@ def _read_tokens(data: bytes, path: str | Path) -> tuple[list[float], list[str]]
             texts.append(text.decode())
             at += 8 + length
     except (struct.error, ValueError):  # UnicodeDecodeError is one
-        raise InputError(
+        raise CheckpointError(
             f"{path}: token {len(texts)}: expected a score, a length of at most that in the "
             f"file's first four bytes, and UTF-8, found something else or the end of the file"
         ) from None

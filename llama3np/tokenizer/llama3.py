@@ -5,7 +5,7 @@ from __future__ import annotations
 import binascii
 from pathlib import Path
 
-from llama3np.errors import InputError
+from llama3np.errors import CheckpointError
 from llama3np.tokenizer.base import stop_ids
 from llama3np.tokenizer.bpe import LLAMA3, BytePairTokenizer
 
@@ -34,11 +34,11 @@ _NAMED = (
 def from_ranks(data: bytes, path: str | Path) -> BytePairTokenizer:
     """The tokenizer of a `tokenizer.model` from Meta's Llama 3 folders, given its bytes.
 
-    Raises InputError, naming `path` and the line, for anything but 128,000 tokens with the ranks
-    0 to 127,999.
+    Raises CheckpointError, naming `path` and the line, for anything but 128,000 tokens with the
+    ranks 0 to 127,999.
     """
     pieces = _read_ranks(data, path)
-    specials = {name: N_RANKS + i for i, name in enumerate(_special_names())}
+    specials = {name: N_RANKS + i for i, name in enumerate(special_names())}
     return BytePairTokenizer(
         pieces + [b""] * N_SPECIALS,
         LLAMA3,
@@ -49,7 +49,7 @@ def from_ranks(data: bytes, path: str | Path) -> BytePairTokenizer:
     )
 
 
-def _special_names() -> list[str]:
+def special_names() -> list[str]:
     """All 256 control tokens in the order of their ids."""
     reserved = (f"reserved_special_token_{i}" for i in range(2, N_SPECIALS - len(_NAMED) + 2))
     return [f"<|{name}|>" for name in (*_NAMED, *reserved)]
@@ -65,23 +65,25 @@ def _read_ranks(data: bytes, path: str | Path) -> list[bytes]:
             if binascii.b2a_base64(piece, newline=False) != token:  # a2b skips what it dislikes
                 raise ValueError
         except ValueError:  # binascii.Error is one
-            raise InputError(
+            raise CheckpointError(
                 f"{path}: line {number}: expected base64 and a rank, found {line[:40]!r}"
             ) from None
         if len(ranks) != number:
-            raise InputError(f"{path}: line {number}: rank {int(rank)} is there twice")
+            raise CheckpointError(f"{path}: line {number}: rank {int(rank)} is there twice")
     if len(ranks) != N_RANKS:
-        raise InputError(f"{path}: expected {N_RANKS} ranks, found {len(ranks)}")
+        raise CheckpointError(f"{path}: expected {N_RANKS} ranks, found {len(ranks)}")
     hole = next((rank for rank in range(N_RANKS) if not ranks.get(rank)), None)
     if hole is not None:
-        raise InputError(f"{path}: expected ranks 0 to {N_RANKS - 1}, found none with {hole}")
+        raise CheckpointError(f"{path}: expected ranks 0 to {N_RANKS - 1}, found none with {hole}")
     _check_tokens(set(ranks.values()), path)
     return [ranks[rank] for rank in range(N_RANKS)]
 
 
 def _check_tokens(tokens: set[bytes], path: str | Path) -> None:
     if len(tokens) != N_RANKS:
-        raise InputError(f"{path}: {N_RANKS - len(tokens)} ranks repeat the bytes of another")
+        raise CheckpointError(f"{path}: {N_RANKS - len(tokens)} ranks repeat the bytes of another")
     for byte in range(256):
         if bytes([byte]) not in tokens:
-            raise InputError(f"{path}: expected a token for every byte, found none for {byte:#04x}")
+            raise CheckpointError(
+                f"{path}: expected a token for every byte, found none for {byte:#04x}"
+            )

@@ -21,7 +21,7 @@ from operator import add
 
 import numpy as np
 
-from llama3np.errors import InputError
+from llama3np.errors import CheckpointError
 
 
 def check_merges(
@@ -29,21 +29,23 @@ def check_merges(
 ) -> None:
     """Refuse a list of merges that tiktoken would not follow to the letter.
 
-    ids: token text -> id, ordinary tokens only. Raises InputError naming the merge or the token.
+    ids: token text -> id, ordinary tokens only. Raises CheckpointError naming the merge or token.
     """
     lefts, rights = [left for left, _ in merges], [right for _, right in merges]
     try:
         made = map(add, lefts, rights)
         left_M, right_M, made_M = (_ids_of(texts, ids) for texts in (lefts, rights, made))
     except (KeyError, TypeError) as error:
-        raise InputError(f"{source}: a merge has or makes {error}, which is no token") from None
+        raise CheckpointError(
+            f"{source}: a merge has or makes {error}, which is no token"
+        ) from None
     _check_order(merges, made_M, source)
     names = {id: text for text, id in ids.items()}
     n_long = sum(len(text) > 1 for text in ids)
     if len(merges) == n_long and (made_M[1:] > made_M[:-1]).all():
         _check_reachable(left_M, right_M, made_M, names, source)
     elif not whole_piece:
-        raise InputError(
+        raise CheckpointError(
             f"{source}: expected one merge for each of {n_long} tokens of two bytes or more, "
             f"found {len(merges)} (and pieces are not looked up whole)"
         )
@@ -59,7 +61,7 @@ def _check_order(merges: list[tuple[str, ...]], made_M: np.ndarray, source: str)
     falls = np.flatnonzero(made_M[1:] < made_M[:-1])
     if falls.size:
         i = int(falls[0]) + 1
-        raise InputError(
+        raise CheckpointError(
             f"{source}: merge {i} {merges[i]} makes token {made_M[i]} after token "
             f"{made_M[i - 1]}; only merges in the order of the ids they make are supported"
         )
@@ -67,11 +69,13 @@ def _check_order(merges: list[tuple[str, ...]], made_M: np.ndarray, source: str)
 
 def _check_complete(merges: list[tuple[str, ...]], ids: dict[str, int], source: str) -> None:
     """The list has all pairs of tokens that together are a token, each once."""
-    n_pairs = sum(
-        text[:cut] in ids and text[cut:] in ids for text in ids for cut in range(1, len(text))
-    )
+    n_pairs = 0
+    for text in ids:  # 700,000 cuts in a large vocabulary: a plain loop is a third faster than sum
+        for cut in range(1, len(text)):
+            if text[:cut] in ids and text[cut:] in ids:
+                n_pairs += 1
     if len(set(merges)) != len(merges) or len(merges) != n_pairs:
-        raise InputError(
+        raise CheckpointError(
             f"{source}: expected one merge for each token, or all {n_pairs} pairs of tokens that "
             f"make one, found {len(merges)} merges"
         )
@@ -91,7 +95,7 @@ def _check_reachable(
     left_of, right_of, made_at = (np.full(n_ids, -1) for _ in range(3))  # -1: a byte, never made
     left_of[made_M], right_of[made_M], made_at[made_M] = left_M, right_M, made_M
     for i in np.flatnonzero(np.maximum(made_at[left_M], made_at[right_M]) >= made_M)[:1]:
-        raise InputError(f"{source}: token {names[made_M[i]]!r} has a lower id than its parts")
+        raise CheckpointError(f"{source}: token {names[made_M[i]]!r} has a lower id than its parts")
     made_by = _PairTable(left_M * n_ids + right_M, made_M)
 
     token_A, a_A, b_A = made_M, left_M, right_M  # A tokens still open, and what meets at the seam
@@ -103,7 +107,7 @@ def _check_reachable(
         joined_A = made_by.look_up(a_A * n_ids + b_A)
         early_A = (joined_A < until_A) | (joined_A == until_A) & ~left_later_A
         for token in token_A[early_A][:1]:
-            raise InputError(
+            raise CheckpointError(
                 f"{source}: merging the bytes of token {names[token]!r} does not give it"
             )
 

@@ -14,8 +14,8 @@ def from_tokenizer_model(path: str | Path) -> Tokenizer:
     """The tokenizer of a `tokenizer.model`: Llama 3's lines of ranks, or Llama 2's sentencepiece.
 
     A Llama 2 folder of Hugging Face says in tokenizer_config.json what a dialog looks like and
-    whether prompts begin with BOS; in Meta's folders they do. Raises InputError for anything else,
-    and for a sentencepiece file where the library is not installed.
+    whether prompts begin with BOS; in Meta's folders they do. Raises CheckpointError for anything
+    else, and for a sentencepiece file where the library is not installed.
     """
     path = Path(path)
     data = read_bytes(path)

@@ -13,7 +13,7 @@ import heapq
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from llama3np.errors import InputError
+from llama3np.errors import CheckpointError
 from llama3np.tokenizer.base import Tokenizer
 
 SPACE = "\u2581"
@@ -50,13 +50,13 @@ def table(
 ) -> Table:
     """The tokens of a sentencepiece vocabulary, by id: the bytes, the special ones, the pieces.
 
-    Raises InputError for a text that stands twice, byte tokens other than <0x00> to <0xFF> in
+    Raises CheckpointError for a text that stands twice, byte tokens other than <0x00> to <0xFF> in
     order, and a piece that is empty or has a real space, which no text would reach.
     """
     if len(set(texts)) < len(texts):
-        raise InputError(f"{source}: expected every token once, found one text for two ids")
+        raise CheckpointError(f"{source}: expected every token once, found one text for two ids")
     if [texts[id] for id in byte_ids] != BYTE_NAMES:
-        raise InputError(
+        raise CheckpointError(
             f"{source}: expected the byte tokens <0x00> to <0xFF> in order, found {len(byte_ids)} "
             f"byte tokens or another order"
         )
@@ -64,7 +64,9 @@ def table(
     ids = {text: id for id, text in enumerate(texts) if id not in others}
     for text, id in ids.items():
         if not text or " " in text:
-            raise InputError(f"{source}: token {id}: expected spaces as U+2581, found {text!r}")
+            raise CheckpointError(
+                f"{source}: token {id}: expected spaces as U+2581, found {text!r}"
+            )
     specials = {texts[id]: id for id in special_ids}
     return Table({text.replace(SPACE, " "): id for text, id in ids.items()}, byte_ids, specials)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llama3np.errors import InputError
+from llama3np.errors import CheckpointError
 from llama3np.tokenizer.base import stop_ids
 from llama3np.tokenizer.pieces import SPACE, SpacedTokenizer, Table, table
 
@@ -21,8 +21,8 @@ def plausible(data: bytes) -> bool:
 def from_sentencepiece(data: bytes, source: str, **known: Any) -> SentencePieceTokenizer:
     """The tokenizer of a sentencepiece model, given its bytes; `known` goes to Tokenizer.
 
-    Raises InputError if the library is not installed, and for a file that it cannot read or that
-    lacks the tokens of bytes, <s> or </s>.
+    Raises CheckpointError if the library is not installed, and for a file that it cannot read or
+    that lacks the tokens of bytes, <s> or </s>.
     """
     library, texts = _read(data, source)
     ids = range(len(texts))
@@ -32,7 +32,7 @@ def from_sentencepiece(data: bytes, source: str, **known: Any) -> SentencePieceT
     tokens = table(texts, byte_ids, special_ids, source)
     for name in ("<s>", "</s>"):
         if name not in tokens.specials:
-            raise InputError(f"{source}: expected the control token {name}, found none")
+            raise CheckpointError(f"{source}: expected the control token {name}, found none")
     return SentencePieceTokenizer(library, tokens, **known)
 
 
@@ -41,7 +41,7 @@ def _read(data: bytes, source: str) -> tuple[Any, list[str]]:
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError:
-        raise InputError(
+        raise CheckpointError(
             f"{source}: a sentencepiece file (Llama 2) needs the sentencepiece library; run: "
             f'pip install "llama3np[llama2]"'
         ) from None
@@ -49,7 +49,9 @@ def _read(data: bytes, source: str) -> tuple[Any, list[str]]:
         library = SentencePieceProcessor(model_proto=data)
         return library, [library.id_to_piece(id) for id in range(len(library))]
     except (RuntimeError, ValueError):  # UnicodeDecodeError is one
-        raise InputError(f"{source}: expected a sentencepiece model, found a damaged one") from None
+        raise CheckpointError(
+            f"{source}: expected a sentencepiece model, found a damaged one"
+        ) from None
 
 
 class SentencePieceTokenizer(SpacedTokenizer):

@@ -1,0 +1,78 @@
+"""A matrix in parts, as model-parallel checkpoints store it, that is never put together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from llama3np.kernels.chunks import Transposed
+
+
+class Joined:
+    """Matrices of one shape and dtype, read as np.concatenate(parts, axis) would be.
+
+    Rows are gathered when they are asked for: `w[start:stop]`, `w[ids]`, and chunk by chunk in
+    `x_MD @ w.T`, which has the same bits however many parts there are. np.asarray makes the whole.
+    """
+
+    ndim = 2
+
+    def __init__(self, parts: Sequence[np.ndarray], axis: int):
+        first = parts[0]
+        if any(part.shape != first.shape or part.dtype != first.dtype for part in parts):
+            raise ValueError("Joined: expected parts of one shape and dtype")
+        self.parts, self.axis, self.dtype = tuple(parts), axis, first.dtype
+        n_out, n_in = first.shape
+        n = len(parts)
+        self.shape = (n * n_out, n_in) if axis == 0 else (n_out, n * n_in)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all parts."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def T(self) -> Transposed:
+        """The right operand of a product."""
+        return Transposed(self)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        """Rows of the whole, by a slice without a step, or by ids >= 0 in an array of any shape."""
+        if self.axis == 1:
+            return np.concatenate([part[rows] for part in self.parts], axis=-1)
+        if isinstance(rows, slice):
+            return self._stretch(*rows.indices(self.shape[0])[:2])
+        return self._rows_of(np.asarray(rows))
+
+    def _stretch(self, start: int, stop: int) -> np.ndarray:
+        """Rows start to stop of parts below each other; a view if one part has them all."""
+        height = len(self.parts[0])
+        pieces = [
+            part[max(start - i * height, 0) : max(stop - i * height, 0)]
+            for i, part in enumerate(self.parts)
+        ]
+        some = [piece for piece in pieces if len(piece)] or pieces[:1]
+        return some[0] if len(some) == 1 else np.concatenate(some)
+
+    def _rows_of(self, ids: np.ndarray) -> np.ndarray:
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.shape[0]:
+            raise IndexError(f"expected rows 0 to {self.shape[0] - 1}")
+        rows = np.empty((*ids.shape, self.shape[1]), self.dtype)
+        owner, local = np.divmod(ids, len(self.parts[0]))
+        for i, part in enumerate(self.parts):
+            rows[owner == i] = part[local[owner == i]]
+        return rows
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The whole matrix, for a writer that holds one tensor at a time."""
+        if copy is False:
+            raise ValueError("a Joined is not an array: to make one is to copy it")
+        return np.concatenate(self.parts, self.axis).astype(dtype or self.dtype, copy=False)
