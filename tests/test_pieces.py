@@ -206,6 +206,7 @@ BYTES = st.characters(exclude_categories=["Cs"]).map(lambda c: [3 + byte for byt
 
 
 @given(parts=st.lists(PIECES | BYTES, max_size=12), bos=st.booleans())
+@example(parts=[[3 + 0x20], [259]], bos=True)  # the byte token of a space is no piece
 def test_text_of_any_ids_is_that_of_sentencepiece(tokenizer, parts, bos):
     """Whole characters, for which bytes a U+FFFD stands is not the same; and no control token in
     between, after which a text begins here, and not there.
