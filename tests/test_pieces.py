@@ -201,14 +201,18 @@ def test_text_of_ids_of_a_text_is_the_text(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text, bos=True)) == shown
 
 
-@given(ids=st.lists(st.integers(0, 300), max_size=12), bos=st.booleans())
-def test_text_of_any_ids_is_that_of_sentencepiece(tokenizer, ids, bos):
-    """Control tokens in between apart: what follows them begins a text here, and not there."""
-    sp = library()
-    ids = [1] * bos + [3 + 256 + id % (len(sp) - 259) if id > 255 else 3 + id for id in ids]
-    utf8 = b"".join(tokenizer.token_bytes(id) for id in ids)
-    assume(utf8.decode("utf-8", "ignore").encode() == utf8)  # else U+FFFD for other spans of bytes
-    assert tokenizer.decode(ids) == sp.decode(ids)
+PIECES = st.integers(259, 330).map(lambda id: [id])
+BYTES = st.characters(exclude_categories=["Cs"]).map(lambda c: [3 + byte for byte in c.encode()])
+
+
+@given(parts=st.lists(PIECES | BYTES, max_size=12), bos=st.booleans())
+@example(parts=[[3 + 0x20], [259]], bos=True)  # the byte token of a space is no piece
+def test_text_of_any_ids_is_that_of_sentencepiece(tokenizer, parts, bos):
+    """Whole characters, for which bytes a U+FFFD stands is not the same; and no control token in
+    between, after which a text begins here, and not there.
+    """
+    ids = [1] * bos + [id for part in parts for id in part]
+    assert tokenizer.decode(ids) == library().decode(ids)
 
 
 @given(prompt=TEXTS, ids=st.lists(st.integers(0, 350), max_size=12))
