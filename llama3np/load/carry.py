@@ -50,6 +50,8 @@ def hf_files(opened: Opened, directory: Path) -> list[str]:
     """Copy, or write, the tokenizer's files and generation_config.json."""
     if opened.kind == "huggingface":
         _copy(opened.path, _HF_FILES, directory)
+        if opened.stop_ids and not (directory / "generation_config.json").exists():
+            _write(directory / "generation_config.json", {"eos_token_id": list(opened.stop_ids)})
         return []
     file = meta.tokenizer_file(opened.path) if opened.kind == "meta" else None
     if file:
