@@ -89,9 +89,7 @@ def chunks_of(tensor: Any) -> Iterator[np.ndarray]:
     return (tensor[start : start + step] for start in range(0, tensor.shape[0], step))
 
 
-def told(
-    files: Sequence[Mapping[str, Any]], progress: Progress | None
-) -> list[dict[str, Any]]:
+def told(files: Sequence[Mapping[str, Any]], progress: Progress | None) -> list[dict[str, Any]]:
     """The tensors of files to be written, each telling progress(done, total, name) of its bytes.
 
     done and total count all of the files. Without `progress` they are what they were.

@@ -162,7 +162,9 @@ def save_llama2c(path: str | Path, config: Config, params: Params) -> None:
     ours = named(params, config.tied)
     for name, w in ours.items():
         if w.dtype not in DTYPES.values():
-            raise InputError(f"{path}: tensor {name!r}: expected {', '.join(DTYPES)}, found {w.dtype}")
+            raise InputError(
+                f"{path}: tensor {name!r}: expected {', '.join(DTYPES)}, found {w.dtype}"
+            )
     with new_file(Path(path)) as temporary, temporary.open("wb") as file:
         file.write(_LEGACY.pack(*sizes, sign * config.vocab_size, config.context_length))
         for name in _with_head(_LEGACY_ORDER, config.tied):
