@@ -91,6 +91,11 @@ def models(draw):
     return draw(strategies.models(**fixed))
 
 
+def inside(folder):
+    """The names in a folder."""
+    return sorted(path.name for path in folder.iterdir())
+
+
 def shards_for(config):
     sizes = (config.n_kv_heads, config.ffn_dim, config.vocab_size)
     return 2 if all(size % 2 == 0 for size in sizes) else 1
@@ -196,7 +201,7 @@ def test_numbers_that_a_dtype_cannot_hold_are_refused(tmp_path):
         source = saved(tmp_path / "source", "hf", replace(SMALL, rope_pairing="half"), params)
         with pytest.raises(InputError, match=r"layers\.1\.w_up.*too large"):
             convert(source, tmp_path / "out.gguf", dtype=dtype)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    assert inside(tmp_path) == ["source"]
 
 
 def blocks(params, config, kind):
@@ -410,7 +415,7 @@ def test_nothing_is_overwritten(source, tmp_path, out):
     (tmp_path / out / "mine").touch()
     with pytest.raises(InputError, match="exists already"):
         convert(source, tmp_path / out, **OUTS[out])
-    assert os.listdir(tmp_path / out) == ["mine"]
+    assert inside(tmp_path / out) == ["mine"]
 
 
 @pytest.mark.parametrize("out", OUTS)
@@ -418,7 +423,7 @@ def test_files_of_the_users_with_a_temporary_name_stay(source, tmp_path, out):
     (tmp_path / f"{out}.partial").write_text("mine")
     convert(source, tmp_path / out, **OUTS[out])
     assert (tmp_path / f"{out}.partial").read_text() == "mine"
-    assert sorted(os.listdir(tmp_path)) == sorted([out, f"{out}.partial", "source"])
+    assert inside(tmp_path) == sorted([out, f"{out}.partial", "source"])
 
 
 @pytest.mark.parametrize("out", OUTS)
@@ -432,7 +437,7 @@ def test_a_full_disk_leaves_nothing_behind(source, tmp_path, out, monkeypatch):
         monkeypatch.setattr(sys.modules[f"llama3np.load.{module}"], "write_tensor", full)
     with pytest.raises(InputError, match=f"{out}.*cannot be written: No space left"):
         convert(source, tmp_path / "new" / "folder" / out, **OUTS[out])
-    assert os.listdir(tmp_path) == ["source"]
+    assert inside(tmp_path) == ["source"]
 
 
 @pytest.mark.parametrize("out", OUTS)
@@ -448,7 +453,7 @@ def test_a_limit_on_file_size_leaves_nothing_behind(source, tmp_path, out):
     assert (run.returncode, run.stdout) == (2, "")
     assert "cannot be written: File too large" in run.stderr
     assert run.stderr.count("\n") == 1
-    assert os.listdir(tmp_path) == ["source"]
+    assert inside(tmp_path) == ["source"]
 
 
 @pytest.mark.parametrize("out", OUTS)
@@ -458,19 +463,19 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path, out):
     to = OUTS[out].get("to", "hf" if out == "hf" else "gguf")
     command = [*COMMAND, "convert", str(source), str(tmp_path / out), "--to", to, "--dtype", "f32"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and len(os.listdir(tmp_path)) == 1:
+    while process.poll() is None and len(inside(tmp_path)) == 1:
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout, stderr) == (130, "", "")
-    assert os.listdir(tmp_path) == ["s.gguf"]
+    assert inside(tmp_path) == ["s.gguf"]
 
 
 def test_an_empty_directory_of_the_users_stays_if_writing_fails(source, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match="divide"):
         convert(source, tmp_path / "out", "meta", model_parallel=7)
-    assert os.listdir(tmp_path / "out") == []
+    assert inside(tmp_path / "out") == []
     convert(source, tmp_path / "out", "meta", model_parallel=2)
     assert values(tmp_path / "out")[1] == values(source)[1]
 
@@ -491,16 +496,16 @@ def test_an_empty_directory_of_the_users_stays_if_writing_fails(source, tmp_path
 def test_options_that_do_not_fit_are_refused(source, tmp_path, options, told):
     with pytest.raises(InputError, match=told):
         convert(source, tmp_path / "out", **options)
-    assert os.listdir(tmp_path) == ["source"]
+    assert inside(tmp_path) == ["source"]
 
 
-def test_progress_counts_all_bytes_of_all_shards(source, tmp_path):
-    for to, mp in (("hf", None), ("meta", 2), ("gguf", None)):
-        seen = []
-        convert(source, tmp_path / to, to, model_parallel=mp, progress=lambda *a: seen.append(a))
-        dones = [done for done, _, _ in seen]
-        assert dones == sorted(dones)
-        assert dones[-1] == seen[-1][1] == seen[0][1]
+@pytest.mark.parametrize(("to", "mp"), [("hf", None), ("meta", 2), ("gguf", None)])
+def test_progress_counts_all_bytes_of_all_shards(source, tmp_path, to, mp):
+    seen = []
+    convert(source, tmp_path / to, to, model_parallel=mp, progress=lambda *a: seen.append(a))
+    dones = [done for done, _, _ in seen]
+    assert dones == sorted(dones)
+    assert dones[-1] == seen[-1][1] == seen[0][1]
 
 
 # ---- the command -------------------------------------------------------------------------------
@@ -538,4 +543,4 @@ def test_other_dtypes_are_refused_by_name(tmp_path, kind):
     params = random(SMALL, np.random.default_rng(0), np.float64)
     with pytest.raises(InputError, match=r"tensor '.*(embed|token_embd).*float64"):
         saved(tmp_path / "out", kind, SMALL, params)
-    assert os.listdir(tmp_path) == []
+    assert inside(tmp_path) == []

@@ -1,6 +1,6 @@
 """One checkpoint format into another, a few rows of one tensor in memory at a time.
 
-| out of \\ into | Hugging Face                | Meta                     | GGUF                    |
+| from, to      | Hugging Face                | Meta                     | GGUF                    |
 |---------------|-----------------------------|--------------------------|-------------------------|
 | plain numbers | as they are                 | as they are              | as they are, norms f32  |
 | GGUF's blocks | float32, which is exact     | float32, which is exact  | as they are             |

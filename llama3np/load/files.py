@@ -101,22 +101,13 @@ def new_directory(directory: Path) -> Iterator[Path]:
     """
     if not _is_empty(directory):
         refuse_existing(directory)
-    temporary = _temporary(directory)
-    absent = [parent for parent in directory.parents if not parent.exists()]
-    try:
-        temporary.mkdir(parents=True)
+    with _removed_on_failure(directory) as temporary:
+        temporary.mkdir()
         yield temporary
         if _is_empty(directory):
             directory.rmdir()
         refuse_existing(directory)
         temporary.rename(directory)
-    except OSError as error:
-        raise InputError(f"{directory}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for parent in absent:  # those that are empty again
-            with suppress(OSError):
-                parent.rmdir()
 
 
 def _is_empty(directory: Path) -> bool:
@@ -125,22 +116,35 @@ def _is_empty(directory: Path) -> bool:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary file beside `path`, renamed to it if the block ends well, else removed.
+    """Yield a temporary name beside `path`, renamed to it if the block ends well, else removed.
 
     Raises InputError as new_directory does.
     """
     refuse_existing(path)
-    temporary = _temporary(path)
-    try:
+    with _removed_on_failure(path) as temporary:
         yield temporary
         refuse_existing(path)
         temporary.rename(path)
+
+
+@contextmanager
+def _removed_on_failure(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path` that nobody else has; what bears it at the end is removed.
+
+    Directories above that do not exist are made, and removed as well if nothing came into them.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
+    absent = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    """A name beside `path` that nobody else has: whatever bears it may be removed."""
-    return path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        for parent in absent:
+            with suppress(OSError):  # not empty
+                parent.rmdir()

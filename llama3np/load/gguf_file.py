@@ -19,7 +19,7 @@ import numpy as np
 from llama3np.errors import CheckpointError, InputError
 from llama3np.load.dequant import FORMATS, OTHER_TYPES
 from llama3np.load.files import map_file, new_file, view
-from llama3np.load.lazy import Lazy, Progress, told, write_tensor
+from llama3np.load.lazy import Lazy, Progress, Rows, told, write_tensor
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -68,7 +68,7 @@ class Raw(NamedTuple):
 
     type: str
     shape: tuple[int, ...]
-    blocks: np.ndarray | Lazy  # of any dtype and shape that has those bytes
+    blocks: np.ndarray | Lazy | Rows  # of any dtype and shape that has those bytes
 
 
 def _shortest(value: float) -> float:

@@ -96,7 +96,7 @@ def told(files: Sequence[Mapping[str, Any]], progress: Progress | None) -> list[
     """
     total, done = sum(w.nbytes for tensors in files for w in tensors.values()), 0
 
-    def telling(name: str, tensor: Any) -> Iterator[np.ndarray]:
+    def telling(name: str, tensor: Any, progress: Progress) -> Iterator[np.ndarray]:
         nonlocal done
         for chunk in chunks_of(tensor):
             yield chunk
@@ -104,10 +104,10 @@ def told(files: Sequence[Mapping[str, Any]], progress: Progress | None) -> list[
             progress(done, total, name)
 
     def wrapped(name: str, tensor: Any) -> Any:
-        return Lazy(tensor.shape, tensor.dtype, lambda: telling(name, tensor))
+        if progress is None:
+            return tensor
+        return Lazy(tensor.shape, tensor.dtype, lambda: telling(name, tensor, progress))
 
-    if progress is None:
-        return [dict(tensors) for tensors in files]
     return [{name: wrapped(name, w) for name, w in tensors.items()} for tensors in files]
 
 

@@ -54,7 +54,8 @@ def open_checkpoint(path: Path, rope_factor: float | None = None) -> Opened:
 
 def _gguf(path: Path) -> Opened:
     file, config, matched, _ = gguf.open_file(path)
-    tensors, raws = {}, {}
+    tensors: dict[str, Any] = {}
+    raws: dict[str, Raw] = {}
     for ours, theirs in matched.items():
         info = file.tensors[theirs]
         if FORMATS[info.type].dtype is not None:

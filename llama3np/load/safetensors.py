@@ -119,8 +119,8 @@ def write(path: Path, tensors: Mapping[str, Any]) -> None:
 
     tensors: name -> what lazy.chunks_of takes.
     They stand in the order given, but for those of more bytes a number, which come first: so each
-    lies aligned, as the library lays them out. Raises InputError for other dtypes, and if there is something at
-    `path`.
+    lies aligned, as the library lays them out. Raises InputError for other dtypes, and if there is
+    something at `path`.
     """
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     with new_file(path) as temporary, temporary.open("wb") as file:

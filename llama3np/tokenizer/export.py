@@ -9,6 +9,7 @@ token's own last merge.
 from __future__ import annotations
 
 import base64
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from llama3np.errors import InputError
@@ -77,7 +78,7 @@ def _joined_below(text: str, ids: dict[str, int]) -> list[str]:
     """Join the pair of lowest id, the leftmost first, among ids below that of the text."""
     parts, limit = list(text), ids[text]
     while len(parts) > 2:
-        made = [ids.get(a + b, limit) for a, b in zip(parts, parts[1:], strict=False)]
+        made = [ids.get(a + b, limit) for a, b in pairwise(parts)]
         lowest = min(made)
         if lowest >= limit:
             break
