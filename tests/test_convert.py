@@ -164,6 +164,8 @@ def test_shards_have_the_size_that_is_asked_for(tmp_path):
 def test_meta_shards_are_joined_and_cut(tmp_path, axis_of_embedding):
     config = replace(SMALL, vocab_size=128_256) if axis_of_embedding == 0 else SMALL
     source = saved(tmp_path / "two", "meta", config, small("bf16", config), 2)
+    whole = saved(tmp_path / "whole.gguf", "gguf", config, small("bf16", config))
+    assert values(source)[1] == values(whole)[1]
     convert(source, tmp_path / "one", "meta")
     convert(tmp_path / "one", tmp_path / "again", "meta", model_parallel=2)
     assert values(tmp_path / "one") == values(source)
