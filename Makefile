@@ -1,7 +1,7 @@
 # make run   - install into .venv, fetch a small real model, generate text with it
 # make test  - the whole test-suite
 # make lint  - ruff and mypy
-# make bench - what a decode step costs beside its matrix products
+# make bench - what a decode step costs beside its matrix products, and what starting costs
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -22,6 +22,7 @@ lint: .venv/.test
 
 bench: .venv/.model
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python tools/bench_step.py
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(BIN)/python tools/bench_start.py
 
 clean:
 	rm -rf .venv build *.egg-info

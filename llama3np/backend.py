@@ -31,7 +31,10 @@ def host_ids(ids: Any, vocab_size: int) -> np.ndarray:
     Raises InputError for an empty or unshaped array, a dtype that is not integer, and an id
     outside 0 <= id < vocab_size.
     """
-    ids_BT = np.asarray(ids)
+    try:
+        ids_BT = np.asarray(ids)
+    except ValueError:  # NumPy's own words for a ragged list
+        raise InputError("token ids: expected rows of one length, found a ragged list") from None
     if ids_BT.ndim != 2 or ids_BT.size == 0:
         raise InputError(f"token ids: expected shape (B, T) and no empty row, found {ids_BT.shape}")
     if not np.issubdtype(ids_BT.dtype, np.integer):

@@ -148,7 +148,7 @@ def forward(
 
     Row b's tokens stand at positions cache.lengths_B[b] + 0..T-1. In a ragged batch rows are padded
     on the right with any id, and only the first new_B[b] tokens of row b are real.
-    logits_BTV is (B, 1, V), after each row's last real token, or (B, T, V) if not last_only.
+    logits_BTV is (B, 1, V), after each row's last real token (if any), or all T if not last_only.
     All arithmetic is in dtype; tap(name, array) is shown every intermediate, in order.
     Raises InputError, before any work, for an id or a length out of range.
     """

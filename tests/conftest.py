@@ -26,5 +26,5 @@ def pytest_terminal_summary(terminalreporter):
     if not reports:
         return
     reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in reports)
-    told = "; ".join(f"{count} because: {reason}" for reason, count in reasons.most_common())
-    terminalreporter.write_line(f"{len(reports)} tests skipped, {told}")
+    told = "; ".join(f"{count} because {reason}" for reason, count in reasons.most_common())
+    terminalreporter.write_line(f"skipped tests: {len(reports)} ({told})")

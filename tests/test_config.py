@@ -211,6 +211,7 @@ REFUSED_HF = [
     ({"rope_scaling": SCALING | {"beta_fast": 32}}, "beta_fast"),
     ({"rope_scaling": SCALING | {"original_max_position_embeddings": 0.5}}, "original_max"),
     ({"rope_parameters": {"rope_theta": 10000.0}}, "rope_theta"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor.*0.5"),
 ]
 
 

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import paths
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llama3np.errors import InputError
@@ -165,6 +165,7 @@ def fresh(folder, name="x.gguf"):
 
 
 @given(metadata=metadatas, tensors=tensor_dicts(), version=st.sampled_from([2, 3]))
+@example({"short": 0.1, "shorts": [0.1, -1e-5], "long": 1 / 3, "longs": [0.1, 1 / 3]}, {}, 3)
 def test_what_is_written_is_read(folder, metadata, tensors, version):
     path = fresh(folder)
     ours.write(path, metadata, tensors, version)

@@ -29,6 +29,7 @@ from llama3np.load import (
 )
 from llama3np.load import gguf as our_gguf
 from llama3np.load import llama2c as our_llama2c
+from llama3np.load.files import new_file
 from llama3np.params import named, named_shapes
 
 SMALL = Config(dim=8, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=2, ffn_dim=6, vocab_size=5)
@@ -184,6 +185,18 @@ def test_a_directory_that_is_not_empty_is_not_touched(tmp_path):
 def test_a_save_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match="hf: cannot be written: No such file"):
         save_hf(tmp_path / "hf", SMALL, random_params(SMALL), tokenizer_files=[tmp_path / "none"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_write_that_is_interrupted_leaves_nothing(tmp_path, error):
+    def interrupted_write():
+        with new_file(tmp_path / "x") as temporary:
+            temporary.write_text("half of it")
+            raise error
+
+    with pytest.raises(error):
+        interrupted_write()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -466,6 +479,7 @@ FIRST = "model-00001-of-00003.safetensors"
 def test_an_index_and_its_shards_must_agree(hf):
     assert load_checkpoint(hf).layout == "Hugging Face directory, 3 safetensors files, f32"
     file_of = json.loads((hf / "model.safetensors.index.json").read_text())["weight_map"]
+    shutil.copy(hf / FIRST, hf.parent / "a.safetensors")  # an index names files beside it only
     cases = [
         ({"model.norm.weight": ...}, "'model.norm.weight' is not in the index but in model-0000"),
         ({"model.norm.bias": FIRST}, f"'model.norm.bias' is in the index but not in {FIRST}"),
@@ -650,6 +664,11 @@ def test_a_directory_of_another_kind_is_told(tmp_path, files):
 def test_a_path_to_nothing_is_told(tmp_path):
     with pytest.raises(InputError, match="nothing: expected a checkpoint, found nothing there"):
         detect(tmp_path / "nothing")
+
+
+def test_a_path_too_long_to_be_one_is_told(tmp_path):
+    with pytest.raises(InputError, match="cannot be read: File name too long"):
+        detect(tmp_path / ("x" * 5000))
 
 
 # ---- broken bytes ------------------------------------------------------------------------------

@@ -686,7 +686,7 @@ def test_a_token_id_out_of_range_is_refused_before_any_work(model, data):
     assert not cache.k[0].any()
 
 
-@pytest.mark.parametrize("ids", [[[]], [], [1, 2], [[[1]]], [[0.5]], [["a"]]])
+@pytest.mark.parametrize("ids", [[[]], [], [1, 2], [[[1]]], [[0.5]], [["a"]], [[1], [1, 2]]])
 def test_ids_that_are_not_rows_of_integers_are_refused(ids):
     model = Model(Config(4, 1, 2, 1, 2, 5, 9), 1)
     with pytest.raises(InputError, match="token ids"):

@@ -128,6 +128,8 @@ class _Cursor:
         self.need(code.size * count, what)
         values = np.frombuffer(self.data, code.format, count, self.at)
         self.at += code.size * count
+        if values.dtype == np.float32:
+            return [float(text) for text in values.astype(str)]  # as _shortest, all at once
         return values.tolist()
 
 

@@ -17,7 +17,7 @@ def resolve(model: str | Path) -> Path:
     A path that exists wins over a name. Raises InputError if it is neither.
     """
     path = Path(model)
-    if path.exists() or str(model) not in MODELS:
+    if str(model) not in MODELS or path.exists():
         return path
     package, version, suffix = MODELS[str(model)]
     try:
