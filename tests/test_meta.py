@@ -17,6 +17,7 @@ from test_load import assert_holds, fresh, owner
 from torches import Storage, View
 
 import llama3np
+from llama3np.cli import main
 from llama3np.config import Config, RopeScaling, from_meta
 from llama3np.errors import CheckpointError, InputError
 from llama3np.kernels import Half, Joined, chunks
@@ -386,6 +387,12 @@ def test_the_factor_is_chosen_told_and_overridden(tmp_path, dim):
     assert llm.layout.endswith("factor 16")
     with pytest.raises(InputError, match="RoPE scaling: expected factor >= 1"):
         load_checkpoint(tmp_path / "m", rope_factor=0.5)
+
+
+def test_the_factor_is_an_option_of_the_command(tmp_path, capsys):
+    save_meta(tmp_path / "m", scaled(64), random_params(scaled(64)))
+    assert main(["info", str(tmp_path / "m"), "--rope-factor", "16", "--json"]) == 0
+    assert "use_scaled_rope taken as factor 16" in json.loads(capsys.readouterr().out)["layout"]
 
 
 def test_a_factor_that_nothing_asks_for_is_refused(directory, tmp_path):

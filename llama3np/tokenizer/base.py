@@ -28,13 +28,11 @@ def read_bytes(path: str | Path) -> bytes:
         path = Path(path)
         if path.exists() and not path.is_file():  # a pipe or a device has no end
             raise CheckpointError(f"{path}: cannot be read (no regular file)")
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise CheckpointError(f"{path}: expected at most {MAX_BYTES} bytes, found {size}")
+        return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    if len(data) > MAX_BYTES:
-        raise CheckpointError(f"{path}: expected at most {MAX_BYTES} bytes, found more")
-    return data
 
 
 class Tokenizer(ABC):
