@@ -310,7 +310,10 @@ sys.addaudithook(audit)
 
 @contextmanager
 def bounded(size):
-    """Fail if what is inside takes long, more memory than twice `size`, or leaves the process."""
+    """Fail if what is inside takes long, more memory than twice `size`, or leaves the process.
+
+    Nothing is checked if it raises: pytest.raises stands within, not around.
+    """
     WATCH.update(on=True, seen=[])
     start = time.perf_counter()
     tracemalloc.start()
@@ -410,7 +413,7 @@ def test_any_bytes_load_or_are_a_checkpoint_error(tmp_path_factory, start, conte
 )
 def test_a_path_that_is_no_checkpoint_is_told(tmp_path, path):
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(CheckpointError), bounded(0):
+    with bounded(0), pytest.raises(CheckpointError):
         load_checkpoint(tmp_path / path)
 
 
@@ -428,15 +431,12 @@ LARGE = {
         lambda: struct.pack("<Q", 12 << 20) + (b'{"a":[' + large(b"[],")).ljust(12 << 20),
     ),
     "empty pickles": ("meta/consolidated.00.pth", lambda: pickle_archive(large(b"}"))),
-    "many dicts": ("meta/consolidated.00.pth", lambda: pickle_archive(large(b"}", 1 << 22))),
-    "many members": ("meta/consolidated.00.pth", lambda: many_members(1 << 18)),
-    "gguf strings": ("x.gguf", lambda: gguf_array(8, struct.pack("<QB", 1, 120), 1 << 21)),
+    "many dicts": ("meta/consolidated.00.pth", lambda: pickle_archive(large(b"}", (1 << 22) - 9))),
+    "many members": ("meta/consolidated.00.pth", lambda: many_members(400_000)),
+    "gguf strings": ("x.gguf", lambda: gguf_array(8, struct.pack("<Q", 2) + b"xy", 3 << 20)),
     "gguf bytes": ("x.gguf", lambda: gguf_array(0, b"\0", 1 << 24)),
     "gguf floats": ("x.gguf", lambda: gguf_array(6, b"\0\0\x80\x3f", 1 << 22)),
-    "gguf tensors": (
-        "x.gguf",
-        lambda: gguf_header(1 << 18, 0) + bytes(9 << 20),
-    ),
+    "gguf tensors": ("x.gguf", lambda: gguf_tensors(300_000)),
 }
 
 
@@ -449,11 +449,23 @@ def pickle_archive(content):
 
 
 def many_members(count):
-    entry = struct.pack("<4s6H3L5H2L", b"PK\1\2", *[0] * 16)
-    zip64 = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 0, 0, 0, 0, count, count, 46 * count, 4)
-    locator = struct.pack("<4sLQL", b"PK\6\7", 0, 4 + 46 * count, 1)
+    """Empty files with names of six digits: all as it should be, but for their number."""
+    names = [b"%06d" % i for i in range(count)]
+    local = struct.pack("<4s5H3L2H", b"PK\3\4", *[0] * 8, 6, 0)
+    data = b"".join(local + name for name in names)
+    start = struct.pack("<4s6H3L5H", b"PK\1\2", *[0] * 9, 6, 0, 0, 0, 0)
+    directory = b"".join(start + struct.pack("<2L", 0, 36 * i) + n for i, n in enumerate(names))
+    place = len(directory), len(data)
+    zip64 = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 0, 0, 0, 0, count, count, *place)
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, sum(place), 1)
     end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0, 0, 0)
-    return b"PK\3\4" + entry * count + zip64 + locator + end
+    return data + directory + zip64 + locator + end
+
+
+def gguf_tensors(count):
+    """Tensors of one number in one place."""
+    infos = (struct.pack("<Q8sIQIQ", 8, b"%08d" % i, 1, 1, 0, 0) for i in range(count))
+    return gguf_header(count, 0) + b"".join(infos) + bytes(64)
 
 
 def gguf_array(kind, item, count):
@@ -474,5 +486,5 @@ def test_a_large_file_of_small_things_is_not_made_into_objects(tmp_path, case):
     (tmp_path / file).write_bytes(content())
     path = tmp_path / file if file == "x.gguf" else (tmp_path / file).parent
     size = (tmp_path / file).stat().st_size
-    with pytest.raises(CheckpointError, match=path.name), bounded(max(size, 32 << 20)):
+    with bounded(max(size, 32 << 20)), pytest.raises(CheckpointError, match=path.name):
         load_checkpoint(path)

@@ -145,6 +145,7 @@ def test_numbers_that_need_64_bits(path, monkeypatch):
     large = path.read_bytes()
     assert b"PK\x06\x06" in large
     assert b"PK\x06\x06" not in small
+    assert all(place.start % 64 == 0 for place in zipped.members(large, path).values())
     for name, w in pth.read(path).items():
         assert_same_bits(w, tensors[name])
 
