@@ -482,7 +482,10 @@ def _gguf_head_dim(given: Mapping[str, Any]) -> int:
 
 
 def _gguf_theta(given: Mapping[str, Any]) -> float:
-    return _number(given, "rope.freq_base", 10000.0)
+    theta = _number(given, "rope.freq_base", 10000.0)
+    if theta <= 0:
+        raise InputError(f"rope.freq_base: expected a number above 0, found {theta}")
+    return theta
 
 
 def _gguf_scaling(given: Mapping[str, Any], divisors_P: np.ndarray | None) -> RopeScaling | None:

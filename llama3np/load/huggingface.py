@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,9 +43,12 @@ def load(directory: Path, progress: Progress | None = None) -> Checkpoint:
     ours = opened.tensors
     report(progress, {name: w.nbytes for name, w in ours.items()}, ours)
     tokenizer = tokenizer_of(directory)
-    stop_ids = opened.stop_ids or (tuple(tokenizer.stop_ids) if tokenizer else ())
+    # Both: a file that names one end must not keep a chat from stopping at the other.
+    stop_ids = dict.fromkeys([*opened.stop_ids, *(tokenizer.stop_ids if tokenizer else ())])
     params = assemble(ours, opened.config)
-    return Checkpoint(opened.config, params, tokenizer, opened.layout, stop_ids, opened.sampling)
+    return Checkpoint(
+        opened.config, params, tokenizer, opened.layout, tuple(stop_ids), opened.sampling
+    )
 
 
 def open_directory(directory: Path) -> Opened:
@@ -135,7 +139,7 @@ def _stop_ids(sources: Mapping[Path, Mapping[str, Any]]) -> tuple[int, ...]:
         found = values.get("eos_token_id")
         ids = found if isinstance(found, list) else [found]
         if found is not None and not all(type(i) is int and i >= 0 for i in ids):
-            raise CheckpointError(f"{path}: eos_token_id: expected ids, found {found!r}")
+            raise CheckpointError(f"{path}: eos_token_id: expected ids, found {short(found)}")
         if found is not None:
             return tuple(ids)
     return ()
