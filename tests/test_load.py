@@ -14,12 +14,14 @@ import safetensors as peer
 import strategies
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vocabularies import smollm2_json
 
 import llama3np.params
 from llama3np.config import Config, RopeScaling
 from llama3np.errors import InputError
 from llama3np.load import (
     detect,
+    inspect,
     load_checkpoint,
     names,
     safetensors,
@@ -545,6 +547,17 @@ def test_inv_freq_of_old_checkpoints_is_tolerated(tmp_path):
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(1, np.float32)}
     safetensors.write(file, tensors | extra)
     assert load_checkpoint(tmp_path / "hf").config.n_layers == 2
+
+
+def test_stop_ids_are_the_declared_ones_and_the_tokenizers(tmp_path):
+    """A model whose settings name its text's end only must still stop at its dialog's end."""
+    config = Config(2, 1, 1, 1, 2, 2, vocab_size=49152)
+    save_hf(tmp_path / "hf", config, random_params(config))
+    edit(tmp_path / "hf" / "config.json", eos_token_id=7)
+    file = tmp_path / "hf" / "tokenizer.json"
+    file.write_text(json.dumps(smollm2_json()), encoding="utf-8")
+    assert set(load_checkpoint(tmp_path / "hf").stop_ids) == {7, 2, 0}
+    assert set(inspect(tmp_path / "hf").stop_ids) == {7, 2, 0}
 
 
 def test_stop_ids_come_from_the_generation_config_first(hf):

@@ -33,7 +33,7 @@ class Opened(NamedTuple):
     config: Config
     tensors: dict[str, np.ndarray]  # by our names, mapped, in the dtype of the file
     layout: str  # "Hugging Face directory, 4 safetensors files, bf16"
-    stop_ids: tuple[int, ...]  # empty if the files declare none: the tokenizer's are meant then
+    stop_ids: tuple[int, ...]  # those that the settings declare; the tokenizer's count too
     sampling: Sampling
 
 
@@ -43,12 +43,14 @@ def load(directory: Path, progress: Progress | None = None) -> Checkpoint:
     ours = opened.tensors
     report(progress, {name: w.nbytes for name, w in ours.items()}, ours)
     tokenizer = tokenizer_of(directory)
-    # Both: a file that names one end must not keep a chat from stopping at the other.
-    stop_ids = dict.fromkeys([*opened.stop_ids, *(tokenizer.stop_ids if tokenizer else ())])
     params = assemble(ours, opened.config)
-    return Checkpoint(
-        opened.config, params, tokenizer, opened.layout, tuple(stop_ids), opened.sampling
-    )
+    stop_ids = with_tokenizers(opened.stop_ids, tokenizer)
+    return Checkpoint(opened.config, params, tokenizer, opened.layout, stop_ids, opened.sampling)
+
+
+def with_tokenizers(declared: tuple[int, ...], tokenizer: Any) -> tuple[int, ...]:
+    """Both: settings that declare one end must not keep a dialog from stopping at the other."""
+    return tuple(dict.fromkeys([*declared, *(tokenizer.stop_ids if tokenizer else ())]))
 
 
 def open_directory(directory: Path) -> Opened:
