@@ -310,9 +310,8 @@ def from_meta(
 ) -> Config:
     """The Config of Meta's `params.json`, given as its parsed object.
 
-    Rows of the embedding table and of w1, and the tie, are facts of the tensors. rope_factor is
-    that of `use_scaled_rope`, which the file does not tell (see meta_rope_factor). Raises
-    CheckpointError, naming `source` and the key, as from_hf does.
+    Rows of the embedding table and of w1, and the tie, are facts of the tensors; rope_factor is
+    what the file does not tell of `use_scaled_rope`. Raises CheckpointError, as from_hf does.
     """
     with _naming(source):
         given = _meta_settings(values, vocab_size, ffn_dim)
@@ -328,7 +327,6 @@ def from_meta(
             norm_eps=_number(given, "norm_eps", 1e-5),
             rope_theta=_number(given, "rope_theta", _meta_theta(vocab_size)),
             rope_scaling=_meta_scaling(given, rope_factor),
-            rope_pairing="interleaved",
             tied=tied,
             context_length=_meta_context(given, vocab_size),
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,13 +53,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object. Raises CheckpointError if it does not."""
     refuse_special(path)
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_JSON + 1)
+        if (size := path.stat().st_size) > MAX_JSON:
+            raise CheckpointError(f"{path}: expected at most {MAX_JSON} bytes, found {size}")
+        return parse_json(path.read_bytes(), str(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(text) > MAX_JSON:
-        raise CheckpointError(f"{path}: expected at most {MAX_JSON} bytes, found more")
-    return parse_json(text, str(path))
 
 
 def parse_json(text: bytes, source: str) -> dict[str, Any]:
@@ -89,26 +86,6 @@ def refuse_existing(path: Path) -> None:
     """Raise InputError if there is anything at `path`: nothing here overwrites."""
     if path.exists() or path.is_symlink():
         raise InputError(f"{path}: exists already, and is not overwritten")
-
-
-@contextmanager
-def new_directory(directory: Path) -> Iterator[Path]:
-    """Yield a temporary directory, renamed to this one if the block ends well, else removed.
-
-    Raises InputError if there is anything at `directory` but an empty directory.
-    """
-    if directory.is_dir() and not any(directory.iterdir()):
-        directory.rmdir()
-    refuse_existing(directory)
-    temporary = directory.with_name(directory.name + ".partial")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(directory)
-    except OSError as error:
-        raise InputError(f"{directory}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
