@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,6 +87,26 @@ def refuse_existing(path: Path) -> None:
     """Raise InputError if there is anything at `path`: nothing here overwrites."""
     if path.exists() or path.is_symlink():
         raise InputError(f"{path}: exists already, and is not overwritten")
+
+
+@contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """Yield a temporary directory, renamed to this one if the block ends well, else removed.
+
+    Raises InputError if there is anything at `directory` but an empty directory.
+    """
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
+    refuse_existing(directory)
+    temporary = directory.with_name(directory.name + ".partial")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(directory)
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
