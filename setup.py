@@ -4,16 +4,31 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+LLAMA2 = ["sentencepiece>=0.2"]  # tokenizer.model of Llama 2; its GGUF and JSON need nothing
+
 TEST = [
     "hypothesis>=6.100",
     "mypy>=1.11",
     "pytest>=8",
     "pytest-timeout>=2.3",
     "ruff>=0.8",
+    *LLAMA2,
     "gguf>=0.17",  # an independent reader of GGUF files and their blocks
     "safetensors>=0.4",  # an independent reader and writer of its files
     "tokenizers>=0.20",  # an independent reader of tokenizer.json
 ]
+
+EXTRAS = {
+    "cuda12": ["cupy-cuda12x[ctk]>=14"],  # [ctk]: the toolkit's parts, so that a driver is enough
+    "cuda13": ["cupy-cuda13x[ctk]>=14"],
+    "fast": ["numba>=0.60"],
+    "gguf": ["gguf>=0.17"],
+    "llama2": LLAMA2,
+    "mpi": ["mpi4py>=4"],
+    "serve": ["starlette>=0.40", "uvicorn>=0.30"],
+    "explain": ["matplotlib>=3.8"],
+    "test": TEST,
+}
 
 setup(
     name="llama3np",
@@ -24,7 +39,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["llama3np", "llama3np.*"]),
-    package_data={"llama3np": ["py.typed"]},
+    package_data={"llama3np": ["py.typed", "data/*.json"]},
     install_requires=[
         "ml_dtypes>=0.4",  # bfloat16 as an array dtype: widening is 1.5x faster than bit shifts
         "numpy>=2",
@@ -32,7 +47,7 @@ setup(
         "rich>=13",  # progress bars, tables and trees of the command
         "tiktoken>=0.13",  # 0.13 merges long pieces in linear time
     ],
-    extras_require={"test": TEST},
+    extras_require=EXTRAS,
     entry_points={"console_scripts": ["llama3np = llama3np.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,6 +52,17 @@ class Cache:
 
     # ---- what a forward pass does -------------------------------------------------------------
 
+    def check(self, config: Any, dtype: Any) -> None:
+        """Raise InputError if this is the cache of another model or another precision."""
+        expected = config.n_layers, config.n_kv_heads, config.head_dim, str(np.dtype(dtype))
+        k = self.k[0]
+        found = len(self.k), k.shape[1], k.shape[3], str(k.dtype)
+        if found != expected:
+            raise InputError(
+                f"cache: expected (layers, key/value heads, head size, dtype) {expected}, "
+                f"found {found}"
+            )
+
     def window(self, shape_BT: tuple[int, int], new_B: Any = None) -> Window:
         """Place T tokens in each row, of which the first new_B[b] are real (all, if not given).
 
@@ -96,12 +108,13 @@ class Cache:
 
     def trim(self, lengths: int | Sequence[int] | np.ndarray) -> Cache:
         """Forget every token from a length on: one length for all rows, or one for each row."""
-        lengths_B = np.broadcast_to(np.asarray(lengths), (self.batch,)).copy()
-        if (lengths_B < 0).any() or (lengths_B > self.lengths_B).any():
+        new_B = np.asarray(lengths)
+        whole = np.issubdtype(new_B.dtype, np.integer) and new_B.shape in ((), (self.batch,))
+        if not whole or (new_B < 0).any() or (new_B > self.lengths_B).any():
             raise InputError(
-                f"cache: expected lengths from 0 to {self.lengths_B} to trim to, found {lengths_B}"
+                f"cache: expected lengths from 0 to {self.lengths_B} to trim to, found {lengths}"
             )
-        self.lengths_B = lengths_B
+        self.lengths_B = np.broadcast_to(new_B, (self.batch,)).astype(np.int64)
         return self
 
     def reset(self) -> Cache:
@@ -110,11 +123,23 @@ class Cache:
 
     def fork(self, rows: Sequence[int] | None = None) -> Cache:
         """Copy the given rows (all, if not given; one may be given twice) into a new cache."""
-        chosen = np.arange(self.batch) if rows is None else np.asarray(rows, dtype=int)
-        if chosen.size == 0 or (chosen < 0).any() or (chosen >= self.batch).any():
+        chosen = np.arange(self.batch) if rows is None else np.asarray(rows)
+        whole = np.issubdtype(chosen.dtype, np.integer) and chosen.ndim == 1 and chosen.size > 0
+        if not whole or (chosen < 0).any() or (chosen >= self.batch).any():
             raise InputError(f"cache: expected rows from 0 to {self.batch - 1}, found {rows}")
-        k, v = ([array[chosen] for array in arrays] for arrays in (self.k, self.v))
+        k, v = ([_copy_rows(a, chosen, self._used) for a in arrays] for arrays in (self.k, self.v))
         return Cache(k, v, self.lengths_B[chosen])
+
+    @property
+    def _used(self) -> int:
+        return int(self.lengths_B.max())
+
+
+def _copy_rows(array_BKSH: Any, rows: np.ndarray, used: int) -> Any:
+    """Rows in an array of their own. Slots beyond `used` are untouched zeros, and cost nothing."""
+    copy_BKSH = namespace(array_BKSH).zeros((len(rows), *array_BKSH.shape[1:]), array_BKSH.dtype)
+    copy_BKSH[:, :, :used] = array_BKSH[rows, :, :used]
+    return copy_BKSH
 
 
 def new_cache(
@@ -126,8 +151,9 @@ def new_cache(
     Untouched pages of zeros cost nothing until they are written. Raises InputError for a batch
     or length below 1.
     """
-    if batch < 1 or max_seq_len < 1:
-        raise InputError(f"cache: expected batch and length >= 1, found {batch} and {max_seq_len}")
+    for name, size in (("batch", batch), ("max_seq_len", max_seq_len)):
+        if not (isinstance(size, Integral) and size >= 1):
+            raise InputError(f"cache: expected {name} to be a whole number >= 1, found {size!r}")
     shape = (batch, config.n_kv_heads, max_seq_len, config.head_dim)
     k, v = ([xp.zeros(shape, dtype) for _ in range(config.n_layers)] for _ in "kv")
     return Cache(k, v, np.zeros(batch, dtype=np.int64))

@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from reprlib import repr as short
 from typing import Any
 
@@ -31,7 +32,7 @@ class RopeScaling:
     old_context: int  # the context length before stretching, 8192
 
     def __post_init__(self):
-        if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor):
+        if not (math.inf > self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor):
             raise InputError(
                 f"RoPE scaling: expected factor >= 1 and 0 < low_freq_factor < high_freq_factor, "
                 f"found factor {self.factor}, low {self.low_freq_factor}, "
@@ -71,14 +72,13 @@ class Config:
     context_length: int = 2048  # positions the model was trained for
 
     def __post_init__(self):
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim"):
-            if getattr(self, name) < 1:
-                raise InputError(f"config: expected {name} >= 1, found {getattr(self, name)}")
-        if self.vocab_size < 1 or self.context_length < 1:
-            raise InputError(
-                f"config: expected vocab_size and context_length >= 1, "
-                f"found {self.vocab_size} and {self.context_length}"
-            )
+        for name in (
+            *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim"),
+            *("vocab_size", "context_length"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < 1:
+                raise InputError(f"config: expected {name} >= 1, found {short(value)}")
         if self.n_heads % self.n_kv_heads:
             raise InputError(
                 f"config: expected n_heads to be a multiple of n_kv_heads, "
@@ -90,7 +90,9 @@ class Config:
             raise InputError(
                 f"config: expected rope_pairing in {PAIRINGS}, found {self.rope_pairing!r}"
             )
-        if not (self.norm_eps >= 0 and self.rope_theta > 0):
+        if not isinstance(self.rope_scaling, RopeScaling | None):
+            raise InputError(f"config: expected a RopeScaling, found {short(self.rope_scaling)}")
+        if not (0 <= self.norm_eps < math.inf and 0 < self.rope_theta < math.inf):
             raise InputError(
                 f"config: expected norm_eps >= 0 and rope_theta > 0, "
                 f"found {self.norm_eps} and {self.rope_theta}"
@@ -478,7 +480,10 @@ def _gguf_head_dim(given: Mapping[str, Any]) -> int:
 
 
 def _gguf_theta(given: Mapping[str, Any]) -> float:
-    return _number(given, "rope.freq_base", 10000.0)
+    theta = _number(given, "rope.freq_base", 10000.0)
+    if theta <= 0:
+        raise InputError(f"rope.freq_base: expected a number above 0, found {theta}")
+    return theta
 
 
 def _gguf_scaling(given: Mapping[str, Any], divisors_P: np.ndarray | None) -> RopeScaling | None:

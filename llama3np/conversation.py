@@ -11,10 +11,10 @@ from llama3np.llm import Llama, Step
 class Conversation:
     """Turns of one dialog. `messages` is the dialog so far, as dicts with role and content."""
 
-    def __init__(self, llm: Llama, system: str | None = None):
-        self.llm = llm
+    def __init__(self, llm: Llama, system: str | None = None, format: str | None = None):
+        self.llm, self.format = llm, format
         self.messages = [{"role": "system", "content": system}] if system is not None else []
-        llm.chat_ids(self.messages)  # raises now if the model has no chat format
+        llm.chat_ids(self.messages, format)  # raises now if the model has no chat format
         self.cache = llm.new_cache()
         self.prompt_ids: list[int] = []  # the whole dialog, as fed for the latest reply
         self._fed: list[int] = []  # the ids that the cache holds
@@ -27,7 +27,7 @@ class Conversation:
         Raises InputError at once if the dialog no longer fits; it is then as it was before.
         """
         asked = {"role": "user", "content": text}
-        ids = self.llm.chat_ids([*self.messages, asked])
+        ids = self.llm.chat_ids([*self.messages, asked], self.format)
         shared = 0
         while shared < min(len(ids) - 1, len(self._fed)) and ids[shared] == self._fed[shared]:
             shared += 1

@@ -11,7 +11,7 @@ from llama3np.cache import Cache
 from llama3np.errors import InputError
 from llama3np.sample import Sampling, choose, log_softmax
 
-# Tokens of a row in one call. It bounds the scores, N x CHUNK x S, and the logits when scoring.
+# Tokens in one call, over all rows. It bounds the scores, N x CHUNK x S, and the logits of score.
 CHUNK = 256
 
 # (ids_BT, cache, new_B, last_only) -> logits on the host; the cache is advanced.
@@ -39,10 +39,14 @@ def pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 def chunks(
     forward: Forward, cache: Cache, prompts: Sequence[Sequence[int]], last_only: bool
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Feed the prompts CHUNK columns at a time; yield (logits_BTV, start_B, new_B) of each."""
+    """Feed the prompts by chunks of columns; yield (logits_BTV, left_B, new_B) of each.
+
+    Of the left_B tokens that a row still had, the first new_B were in this chunk.
+    """
     ids_BT, lengths_B = pad(prompts)
-    for start in range(0, ids_BT.shape[1], CHUNK):
-        part_BT = ids_BT[:, start : start + CHUNK]
+    step = max(1, CHUNK // len(prompts))
+    for start in range(0, ids_BT.shape[1], step):
+        part_BT = ids_BT[:, start : start + step]
         new_B = np.clip(lengths_B - start, 0, part_BT.shape[1])
         yield forward(part_BT, cache, new_B, last_only), lengths_B - start, new_B
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,8 +18,8 @@ from llama3np.errors import InputError
 from llama3np.kernels import stored
 from llama3np.model import forward
 from llama3np.numerics import profile
-from llama3np.params import Params, check
-from llama3np.sample import Sampling
+from llama3np.params import Params, check, named
+from llama3np.sample import GREEDY, Sampling
 
 DEFAULT_CONTEXT = 8192  # a cache for the 131,072 positions of Llama 3.1 would be 16 GB
 DEFAULT_NEW_TOKENS = 256
@@ -56,6 +58,7 @@ class Llama:
         dtype: str = "float32",
         max_seq_len: int | None = None,
         layout: str = "arrays",
+        sampling: Sampling = GREEDY,
     ):
         check(params, config)
         if tokenizer is not None and tokenizer.n_vocab > config.vocab_size:
@@ -64,13 +67,16 @@ class Llama:
                 f"embedding table, found {tokenizer.n_vocab}"
             )
         self.config, self.tokenizer, self.layout = config, tokenizer, layout
+        self.sampling = sampling  # what its files recommend; used only where it is handed over
         self.params = stored(params)
         self.profile = profile(dtype)
-        self.stop_ids = frozenset(stop_ids)
+        if self.profile.dtype == "float32" and any(
+            w.dtype == np.float64 for w in named(params, config.tied).values()
+        ):
+            raise InputError("params: float64 weights need the profile float64, found float32")
+        self.stop_ids = frozenset(as_ids(stop_ids))
         own = min(config.context_length, DEFAULT_CONTEXT)
-        self.max_seq_len = own if max_seq_len is None else max_seq_len
-        if self.max_seq_len < 1:
-            raise InputError(f"max_seq_len: expected 1 or more, found {max_seq_len}")
+        self.max_seq_len = own if max_seq_len is None else as_count("max_seq_len", max_seq_len, 1)
 
     def __repr__(self) -> str:
         c = self.config
@@ -99,29 +105,36 @@ class Llama:
         one or two dimensions. In a shorter row the logits after its last id mean nothing; with
         last_only the result is (B, 1, V), after each row's own last id.
         cache: holds the tokens before these and is advanced by them; without one they stand alone.
-        tap(name, array): is shown every intermediate, by the tap names of the design.
-        Raises InputError for ids out of range or more of them than the cache holds.
+        tap(name, array): is shown every intermediate, by the tap names of the design; the arrays
+        are those that are computed with, to be read and not written to.
+        All ids go through at once, so thousands of them need gigabytes for scores and logits;
+        max_seq_len limits generation, not this.
+        Raises InputError for ids out of range, more of them than the cache holds, or the cache of
+        another model.
         """
-        rows = [ids] if len(ids) == 0 or np.ndim(ids[0]) == 0 else ids
-        if any(len(row) == 0 for row in rows):
+        rows = [as_ids(row) for row in as_batch(ids)]
+        if not rows or not all(rows):
             raise InputError("token ids: expected at least one in every row, found an empty row")
-        ids_BT, new_B = generation.pad([as_ids(row) for row in rows])
+        ids_BT, new_B = generation.pad(rows)
         cache = self.new_cache(*ids_BT.shape) if cache is None else cache
         return self._run(ids_BT, cache, new_B, last_only, tap)
 
     def _run(
         self, ids_BT: np.ndarray, cache: Cache, new_B: np.ndarray, last_only: bool, tap: Any = None
     ) -> np.ndarray:
-        return forward(
-            self.params,
-            self.config,
-            ids_BT,
-            cache,
-            new_B,
-            self.profile.dtype,
-            tap=tap,
-            last_only=last_only,
-        )[0]
+        # Damaged weights overflow: choose says so in a sentence, NumPy's warnings add nothing.
+        with np.errstate(over="ignore", invalid="ignore"):
+            logits_BTV, _ = forward(
+                self.params,
+                self.config,
+                ids_BT,
+                cache,
+                new_B,
+                self.profile.dtype,
+                tap=tap,
+                last_only=last_only,
+            )
+        return logits_BTV
 
     # ---- text ---------------------------------------------------------------------------------
 
@@ -148,17 +161,20 @@ class Llama:
             )
         return ids
 
-    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def chat_ids(
+        self, messages: Sequence[Mapping[str, str]], format: str | None = None
+    ) -> list[int]:
         """The ids of a dialog, up to where the answer begins, in the model's own format.
 
-        messages: dicts with role and content. Raises InputError for a model without a tokenizer or
-        a chat format.
+        messages: dicts with role and content. format: "llama3", "chatml" or "llama2" in place of
+        the one that the tokenizer tells. Raises InputError for a model without a tokenizer or a
+        chat format.
         """
         if self.tokenizer is None:
             raise InputError(
                 "tokenizer: this checkpoint has none, so there is nothing to chat with"
             )
-        return chat_ids(self.tokenizer, messages)
+        return chat_ids(self.tokenizer, messages, format=format)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int | None = None, **options: Any
@@ -167,7 +183,8 @@ class Llama:
 
         prompts: one text or list of ids, or a list of them; a batch may mix lengths, and no row
         changes another. max_new_tokens: new tokens of each, 256 or what fits if None.
-        options: temperature, top_k, top_p, seed (see Sampling), logprobs=True, stop_ids (in place
+        options: temperature, top_k, top_p, seed (see Sampling; greedy if none is given, and
+        **llm.sampling._asdict() for what the files recommend), logprobs=True, stop_ids (in place
         of the checkpoint's).
         Raises InputError, before any work, if a prompt and its new tokens exceed max_seq_len.
         """
@@ -189,7 +206,8 @@ class Llama:
         """Continue one prompt; yield a Step for each new token, as soon as it is known.
 
         cache: one row that holds the tokens before the prompt's, and keeps what is fed here; a
-        text gets no second BOS then. Everything else is as in generate, and what is wrong is
+        text gets no second BOS then. The last new token is chosen but not fed: begin with it to
+        go on from where a stream ended. Everything else is as in generate, and what is wrong is
         raised at once, not at the first step.
         """
         continues = cache is not None and cache.lengths_B.any()
@@ -218,13 +236,17 @@ class Llama:
         **sampling: Any,
     ) -> Iterator[list[generation.Token]]:
         chosen = as_sampling(sampling)
+        if cache is not None:
+            cache.check(self.config, self.profile.dtype)
+            if cache.batch != len(batch):
+                raise InputError(f"cache: expected {len(batch)} rows, found {cache.batch}")
+        stops = self.stop_ids if stop_ids is None else frozenset(as_ids(stop_ids))
         used = int(cache.lengths_B.max()) if cache is not None else 0
         room = cache.max_seq_len if cache is not None else self.max_seq_len
         longest = used + max(map(len, batch), default=0)
         if max_new_tokens is None:
             max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room - longest))
-        if max_new_tokens < 0:
-            raise InputError(f"max_new_tokens: expected 0 or more, found {max_new_tokens}")
+        max_new_tokens = as_count("max_new_tokens", max_new_tokens, 0)
         if longest + max_new_tokens > room:
             raise InputError(
                 f"prompt of {longest} tokens + max_new_tokens {max_new_tokens} "
@@ -234,7 +256,6 @@ class Llama:
             return iter(())
         if cache is None:
             cache = self.new_cache(len(batch), longest + max_new_tokens)
-        stops = self.stop_ids if stop_ids is None else frozenset(stop_ids)
         return generation.generate(self._run, cache, batch, max_new_tokens, chosen, stops, logprobs)
 
     def _completion(self, prompt_ids: list[int], tokens: list[generation.Token]) -> Completion:
@@ -261,19 +282,33 @@ class Llama:
 
 def as_ids(ids: Any) -> list[int]:
     """A list of Python integers from a list or array of token ids."""
-    array_T = np.asarray(ids)
-    if array_T.ndim != 1 or not (array_T.size == 0 or np.issubdtype(array_T.dtype, np.integer)):
-        raise InputError(f"token ids: expected a list of integers, found {ids!r:.80}")
-    return array_T.tolist()
+    try:
+        array_T = np.asarray(ids)
+    except ValueError:  # NumPy's own words for a ragged list
+        array_T = np.empty((0, 0))
+    whole = array_T.dtype.kind in "iu" or array_T.size == 0
+    if array_T.ndim != 1 or not whole or isinstance(ids, str):
+        raise InputError(f"token ids: expected a list of integers, found {short(ids)}")
+    return [int(id) for id in array_T.tolist()]
 
 
 def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A list of prompts from one prompt or many: a text, or a flat list of ids, is one."""
-    if isinstance(prompts, str) or (
-        len(prompts) > 0 and np.ndim(prompts[0]) == 0 and not isinstance(prompts[0], str)
-    ):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    if isinstance(prompts, str):
+        return [prompts]
+    try:
+        rows = list(prompts)
+    except TypeError:
+        raise InputError(f"prompt: expected text or token ids, found {short(prompts)}") from None
+    one = rows and not any(isinstance(row, str) or np.iterable(row) for row in rows)
+    return [rows] if one else rows  # type: ignore[list-item, return-value]
+
+
+def as_count(name: str, value: Any, least: int) -> int:
+    """A whole number, or an InputError that names it."""
+    if not isinstance(value, Integral) or value < least:
+        raise InputError(f"{name}: expected a whole number from {least} on, found {value!r}")
+    return int(value)
 
 
 def as_sampling(options: dict[str, Any]) -> Sampling:
@@ -321,4 +356,5 @@ def load(
         dtype=dtype,
         max_seq_len=max_seq_len,
         layout=checkpoint.layout,
+        sampling=checkpoint.sampling,
     )

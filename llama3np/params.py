@@ -12,6 +12,7 @@ from llama3np.errors import InputError
 # A weight is a plain array or a stored format of kernels/: anything with a shape and a dtype
 # that x @ w.T accepts (and, for the embedding table, w[ids]).
 Weight = Any
+DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 class Layer(NamedTuple):
@@ -82,16 +83,24 @@ def from_named(tensors: dict[str, Weight], config: Config) -> Params:
 
 
 def check(params: Params, config: Config) -> None:
-    """Compare every tensor with the table of shapes; raise InputError at the first difference."""
+    """Compare every tensor with the table of shapes, and its dtype with those that multiply.
+
+    Raises InputError at the first difference.
+    """
     if len(params.layers) != config.n_layers:
         raise InputError(f"params: expected {config.n_layers} layers, found {len(params.layers)}")
     if config.tied and params.head_VD is not params.embed_VD:
         raise InputError("params: head_VD is tied, but is not the embedding table itself")
     tensors = named(params, config.tied)
     for name, shape in named_shapes(config).items():
-        if tuple(tensors[name].shape) != shape:
-            found = tuple(tensors[name].shape)
+        found = tuple(tensors[name].shape)
+        if found != shape:
             raise InputError(f"params: {name}: expected shape {shape}, found {found}")
+        if str(tensors[name].dtype) not in DTYPES:
+            expected = ", ".join(DTYPES)
+            raise InputError(
+                f"params: {name}: expected dtype {expected}, found {tensors[name].dtype}"
+            )
 
 
 def random(config: Config, rng: np.random.Generator, dtype: Any = np.float32) -> Params:

@@ -5,6 +5,7 @@ Everything is float64 on the host, so that one seed gives one text on every devi
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
@@ -22,20 +23,24 @@ class Sampling(NamedTuple):
 
     def check(self) -> Sampling:
         """Return self; raise InputError naming the value that is out of range."""
-        if not 0 <= self.temperature < np.inf:
-            raise InputError(f"temperature: expected 0 or more, found {self.temperature}")
-        if self.top_k < 0:
-            raise InputError(f"top_k: expected 0 (all) or more, found {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p: expected 0 < top_p <= 1, found {self.top_p}")
-        if self.seed is not None and self.seed < 0:
-            raise InputError(f"seed: expected 0 or more, found {self.seed}")
+        temperature, top_k, top_p, seed = self
+        if not (isinstance(temperature, Real) and 0 <= temperature < np.inf):
+            raise InputError(f"temperature: expected a number from 0 on, found {temperature!r}")
+        if not (isinstance(top_k, Integral) and top_k >= 0):
+            raise InputError(f"top_k: expected a whole number, 0 for all, found {top_k!r}")
+        if not (isinstance(top_p, Real) and 0 < top_p <= 1):
+            raise InputError(f"top_p: expected 0 < top_p <= 1, found {top_p!r}")
+        if not (seed is None or (isinstance(seed, Integral) and seed >= 0)):
+            raise InputError(f"seed: expected a whole number from 0 on, found {seed!r}")
         return self
 
     def generator(self, row: int) -> np.random.Generator:
         """The random numbers of one row: rows of a batch do not disturb each other."""
         entropy = None if self.seed is None else [self.seed, row]
         return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
+
+
+GREEDY = Sampling()
 
 
 def log_softmax(logits_TV: np.ndarray) -> np.ndarray:
@@ -86,10 +91,12 @@ def probabilities(logits_V: np.ndarray, sampling: Sampling) -> np.ndarray:
 def choose(logits_V: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> int:
     """Return the next token's id: the argmax at temperature 0, else one draw by inverse CDF.
 
-    Raises InputError for logits that are not numbers: weights that no forward pass can use.
+    Raises InputError for logits that are not finite: weights that no forward pass can use.
     """
-    if np.isnan(logits_V.max()):
-        raise InputError("logits: expected numbers, found NaN: the weights are damaged")
+    if not np.isfinite(logits_V.max()):
+        raise InputError(
+            f"logits: expected finite numbers, found {logits_V.max()}: the weights are damaged"
+        )
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     cumulative_V = np.cumsum(probabilities(logits_V, sampling))

@@ -1,5 +1,7 @@
 """The cache: what it forgets, copies, refuses; and whatever is done to it, what the model sees."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from checks import assert_close, assert_same
@@ -230,9 +232,19 @@ def test_forking_rows_that_are_not_there_is_refused(rows):
     assert_refused(cache, "cache", lambda: cache.fork(rows))
 
 
-@pytest.mark.parametrize(("batch", "slots"), [(0, 1), (1, 0), (-1, 4), (4, -1)])
-def test_a_cache_of_nothing_is_refused(batch, slots):
-    with pytest.raises(InputError, match=f"{batch} and {slots}"):
+@pytest.mark.parametrize(
+    ("batch", "slots", "named"),
+    [
+        (0, 1, "batch.* 0"),
+        (1, 0, "max_seq_len.* 0"),
+        (-1, 4, "batch.* -1"),
+        (4, -1, "max_seq_len.* -1"),
+        (1.5, 4, r"batch.* 1\.5"),
+        (1, "8", "max_seq_len.* '8'"),
+    ],
+)
+def test_a_cache_of_nothing_is_refused(batch, slots, named):
+    with pytest.raises(InputError, match=named):
         new_cache(SMALL.config, batch, slots)
 
 
@@ -327,3 +339,61 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCacheOfAnyHistory = CacheMachine.TestCase
+
+
+@pytest.mark.parametrize("lengths", [1.0, True, [True], "1", [[1]], [1, 1], float("nan")])
+def test_lengths_that_are_not_whole_numbers_are_refused(lengths):
+    cache = new_cache(Config(4, 1, 1, 1, 2, 2, 3), 1, 4)
+    with pytest.raises(InputError, match="cache: expected lengths"):
+        cache.trim(lengths)
+
+
+@pytest.mark.parametrize("rows", [[True, False], [0.9], [[0]], [], np.array([], dtype=int), "0"])
+def test_rows_that_are_not_whole_numbers_are_refused(rows):
+    cache = new_cache(Config(4, 1, 1, 1, 2, 2, 3), 2, 4)
+    with pytest.raises(InputError, match="cache: expected rows"):
+        cache.fork(rows)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"n_layers": 2},
+        {"n_layers": 4},
+        {"n_kv_heads": 1, "n_heads": 2},
+        {"head_dim": 4},
+    ],
+)
+def test_the_cache_of_another_model_is_refused(other):
+    config = Config(4, 3, 2, 2, 2, 2, 3)
+    model = Model(config, seed=0)
+    cache = new_cache(replace(config, **other), 1, 4)
+    with pytest.raises(InputError, match="cache: expected"):
+        forward(model.params, config, [[0]], cache)
+    assert not cache.k[0].any()
+
+
+@pytest.mark.parametrize(("of_cache", "of_call"), [("float32", "float64"), ("float64", "float32")])
+def test_the_cache_of_another_precision_is_refused(of_cache, of_call):
+    """Either way round it would pass unseen: as a float64 leak, or as an oracle of 24 bits."""
+    model = Model(Config(4, 1, 1, 1, 2, 2, 3), seed=0)
+    with pytest.raises(InputError, match=f"{of_call}.*found.*{of_cache}"):
+        forward(
+            model.params,
+            model.config,
+            [[0]],
+            new_cache(model.config, 1, 4, of_cache),
+            dtype=of_call,
+        )
+
+
+def test_a_fork_copies_only_the_slots_in_use():
+    """A copy of 2 tokens in a cache of 8192 slots must not cost the 8192."""
+    config = Config(4, 1, 1, 1, 2, 2, 3)
+    model = Model(config, seed=0)
+    cache = new_cache(config, 1, 8)
+    forward(model.params, config, [[0, 1]], cache)
+    cache.k[0][:, :, 2:] = 7  # a trimmed past
+    fork = cache.fork([0, 0])
+    assert_same(fork.k[0][1, :, :2], cache.k[0][0, :, :2], "keys")
+    assert not fork.k[0][:, :, 2:].any()

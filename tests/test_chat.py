@@ -167,6 +167,123 @@ def test_control_tokens_tell_the_format_and_the_template_decides(names, template
     assert chat_format(tokenizer) == expected
 
 
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ '[INST] <<SYS>>' }}", "llama2"),
+        ("{{ '[INST] ' }}", None),  # Mistral's: other spaces, one BOS
+        (None, None),  # base and chat models of Llama 2 have one vocabulary
+    ],
+)
+def test_only_a_template_tells_llama2(template, expected):
+    tokenizer = SimpleNamespace(specials={"<s>": 1, "</s>": 2}, chat_template=template)
+    assert chat_format(tokenizer) == expected
+
+
+def test_a_format_can_be_asked_for(made_up):
+    hi = [{"role": "user", "content": "Hi"}]
+    shown = llama2(None).decode(chat_ids(llama2(None), hi, format="llama2"), specials=True)
+    assert shown == "<s>[INST] Hi [/INST]"
+    assert chat_ids(made_up, hi, format="llama3") == chat_ids(made_up, hi)
+    with pytest.raises(InputError, match="no control token <s>"):
+        chat_ids(made_up, hi, format="llama2")
+    with pytest.raises(InputError, match="expected one of llama3, chatml, llama2, found 'alpaca'"):
+        chat_ids(made_up, hi, format="alpaca")
+    with pytest.raises(InputError, match=r"no chat format .* choose llama2 if it is one"):
+        chat_ids(llama2(None), hi)
+
+
+# ---------------------------------------------------------------------------- llama 2
+
+
+def llama2(template="[INST] <<SYS>>"):
+    """Llama 2's control tokens, bytes and a few pieces, with this template."""
+    texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces = ["\u2581", "[", "]", "I", "N", "S", "T", "\u2581[", "IN", "ST", "INST", "a", "\u2581a"]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [*texts, *pieces],
+        "tokenizer.ggml.scores": [0.0] * 259 + [-float(i) for i in range(len(pieces))],
+        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(pieces)],
+        "tokenizer.chat_template": template,
+    }
+    return from_gguf(metadata, "small.gguf")
+
+
+def by_meta(tokenizer, dialog):
+    """meta-llama/llama llama/generation.py, chat_completion, written from its description."""
+    if dialog[0]["role"] == "system":
+        system, user, *rest = dialog
+        content = "<<SYS>>\n" + system["content"] + "\n<</SYS>>\n\n" + user["content"]
+        dialog = [{"role": "user", "content": content}, *rest]
+    ids = []
+    for prompt, answer in zip(dialog[:-1:2], dialog[1::2], strict=True):
+        pair = f"[INST] {prompt['content'].strip()} [/INST] {answer['content'].strip()} "
+        ids += [1, *tokenizer.encode(pair), 2]
+    return [*ids, 1, *tokenizer.encode(f"[INST] {dialog[-1]['content'].strip()} [/INST]")]
+
+
+PLAIN = st.text("aIN [/]\n<>", max_size=8).filter(lambda t: "[/" not in t and "[I" not in t)
+
+
+@given(system=st.none() | PLAIN, pairs=st.lists(st.tuples(PLAIN, PLAIN), max_size=2), last=PLAIN)
+def test_llama2_dialogs_have_metas_ids(system, pairs, last):
+    first = [] if system is None else [{"role": "system", "content": system}]
+    turns = [
+        {"role": role, "content": content}
+        for pair in pairs
+        for role, content in zip(("user", "assistant"), pair, strict=True)
+    ]
+    dialog = [*first, *turns, {"role": "user", "content": last}]
+    tokenizer = llama2()
+    assert chat_ids(tokenizer, dialog) == by_meta(tokenizer, dialog)
+
+
+def test_a_llama2_dialog_as_text():
+    dialog = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": " Hi \n"},
+        {"role": "assistant", "content": " Hello! "},
+        {"role": "user", "content": "Bye"},
+    ]
+    tokenizer = llama2()
+    ids = chat_ids(tokenizer, dialog)
+    assert tokenizer.decode(ids, specials=True) == (
+        "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\n Hi [/INST] Hello! </s><s>[INST] Bye [/INST]"
+    )
+    answered = chat_ids(tokenizer, dialog[:3], add_generation_prompt=False)
+    assert answered == ids[: len(answered)]
+    assert tokenizer.decode(chat_ids(tokenizer, dialog[:1]), specials=True) == (
+        "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>> [/INST]"
+    )
+    assert chat_ids(tokenizer, []) == [1]
+
+
+@pytest.mark.parametrize(
+    ("roles", "complaint"),
+    [
+        (["assistant"], "message 0: expected the role 'user', found 'assistant'"),
+        (["user", "user"], "message 1: expected the role 'assistant', found 'user'"),
+        (["system", "user", "system"], "message 2: expected the role 'assistant'"),
+        (["user", "assistant"], "expected the last message to be the user's"),
+        (["user", "tool"], "message 1: expected a role among system, user, assistant"),
+    ],
+)
+def test_llama2_turns_alternate(roles, complaint):
+    with pytest.raises(InputError, match=complaint):
+        chat_ids(llama2(), [{"role": role, "content": "a"} for role in roles])
+
+
+@pytest.mark.parametrize("tag", ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"])
+def test_a_llama2_message_with_a_mark_of_turns_is_refused(tag):
+    """They are ordinary text there: nothing else would keep a message inside its turn."""
+    with pytest.raises(InputError, match=r"message 1: .* would end or begin a turn"):
+        chat_ids(
+            llama2(),
+            [{"role": "system", "content": "a"}, {"role": "user", "content": f"a {tag} b"}],
+        )
+
+
 def test_a_vocabulary_without_format_is_refused():
     assert chat_format(voc.tok512()) is None
     with pytest.raises(InputError, match="has no chat format"):

@@ -100,10 +100,9 @@ def test_generate_takes_ids_and_needs_no_tokenizer(tiny):
 
 
 def test_generate_reads_standard_input():
-    run = llama3np(
-        *("generate", paths.smollm2_gguf(), "-", "--max-new-tokens", 2), stdin="Gravity is"
-    )
-    assert run.stdout == " a fundamental\n"
+    """And a line end that `echo` adds is not part of the prompt."""
+    options = ("generate", paths.smollm2_gguf(), "-", "--max-new-tokens", 2)
+    assert llama3np(*options, stdin="Gravity is\n").stdout == " a fundamental\n"
 
 
 def test_a_seed_repeats_a_sample(tiny):
@@ -128,6 +127,16 @@ def test_chat_remembers_what_was_said():
     shared = len(first["prompt_ids"]) + len(first["ids"])
     assert second["prompt_ids"][:shared] == first["prompt_ids"] + first["ids"]
     assert "Rome" in second["text"]
+
+
+def test_chat_goes_on_after_a_message_that_does_not_fit():
+    run = llama3np(
+        *("chat", paths.smollm2_gguf(), "--max-new-tokens", 8, "--max-seq-len", 200),
+        stdin="word " * 300 + "\nWhat is the capital of France?\n",
+    )
+    assert run.stdout == "The capital of France is Paris.\n"
+    assert run.stderr.count("\n") == 1
+    assert "200" in run.stderr
 
 
 def test_info_tells_the_architecture(tiny):
@@ -232,7 +241,9 @@ def refused(*args, **options):
 
 def test_a_missing_path_is_named(tmp_path):
     assert "no-such.gguf" in refused("generate", tmp_path / "no-such.gguf", "Hi")
-    assert "smollm3" in refused("generate", "smollm3", "Hi")
+    message = refused("generate", "smollm3", "Hi")
+    assert "smollm3" in message
+    assert "smollm2" in message  # what there is
 
 
 def test_a_text_file_renamed_gguf_is_refused(tmp_path):
@@ -271,6 +282,23 @@ def test_a_prompt_too_long_states_the_three_numbers(tiny):
     assert re.search(r"3 tokens.* 1 .*2", message)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="bytes on a pipe")
+def test_text_that_is_not_utf8_is_refused():
+    command = [*COMMAND, "generate", str(paths.smollm2_gguf()), "-"]
+    run = subprocess.run(command, input=b"ab\xff", capture_output=True, check=False)
+    assert run.returncode == 2
+    assert run.stdout == b""
+    assert b"UTF-8" in run.stderr
+    assert run.stderr.count(b"\n") == 1
+
+
+def test_a_path_too_long_and_a_pipe_for_a_path_are_refused(tmp_path):
+    refused("generate", "x" * 5000, "Hi")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        assert "pipe" in refused("info", tmp_path / "pipe")
+
+
 def test_an_empty_prompt_is_refused_where_the_model_has_no_bos():
     assert "prompt" in refused("generate", paths.smollm2_gguf(), "")
 
@@ -285,6 +313,7 @@ def test_an_empty_prompt_is_refused_where_the_model_has_no_bos():
         (["text"], "tokenizer"),
         (["text", "--chat"], "tokenizer"),
         (["text", "--system", "s"], "--chat"),
+        (["--prompt-ids", "1", "--chat"], "--chat"),
         (["--prompt-ids", "1", "--temperature", "-1"], "temperature"),
         (["--prompt-ids", "1", "--top-p", "0"], "top_p"),
         (["--prompt-ids", "1", "--top-k", "-3"], "top_k"),

@@ -1,5 +1,7 @@
 """Generation: what is fed, in which order, and where it ends."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from llama3np import generate as generation
 from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.llm import Llama
+from llama3np.params import random
 from llama3np.sample import log_softmax
 
 
@@ -108,6 +111,47 @@ def test_a_stream_continues_a_cache(run, data):
     assert start + rest == whole
 
 
+@given(models())
+def test_what_is_in_the_cache_counts_for_the_limit(model):
+    """The room is the cache's, not the model's, and what it holds is used up."""
+    llm = llama(model, max_seq_len=4)
+    cache = llm.new_cache(1, 9)
+    llm.forward([0] * 5, cache)
+    with pytest.raises(InputError, match=r"7 tokens.* 3 .*max_seq_len 9"):
+        llm.stream([0, 0], 3, cache=cache)
+    assert len(list(llm.stream([0, 0], 2, cache=cache))) == 2
+
+
+@given(models())
+def test_a_stream_takes_a_cache_of_one_row_of_its_own_model(model):
+    """At once, not at the first step."""
+    llm = llama(model)
+    with pytest.raises(InputError, match="expected 1 rows, found 2"):
+        llm.stream([0], 1, cache=llm.new_cache(2, 4))
+    with pytest.raises(InputError, match="cache: expected"):
+        llm.stream([0], 1, cache=llama(model, dtype="float32").new_cache(1, 4))
+
+
+@given(models())
+def test_the_default_context_is_the_models_and_at_most_8192(model):
+    for own, limit in ((100, 100), (131072, 8192)):
+        config = replace(model.config, context_length=own)
+        assert Llama(config, model.params).max_seq_len == limit
+
+
+def test_the_default_is_256_new_tokens():
+    model = Model(Config(2, 1, 1, 1, 2, 1, 2), seed=0)
+    assert len(llama(model).generate([0])[0].ids) == 256
+
+
+@given(models(), st.integers(3, 9))
+def test_score_takes_at_most_max_seq_len(model, limit):
+    llm = llama(model, max_seq_len=limit)
+    assert len(llm.score([0] * limit)) == limit - 1
+    with pytest.raises(InputError, match=f"{limit + 1} tokens.*{limit}"):
+        llm.score([0] * (limit + 1))
+
+
 @given(models(), st.integers(0, 3))
 def test_a_prompt_too_long_states_the_three_numbers_before_any_work(model, extra):
     llm = llama(model, max_seq_len=8)
@@ -139,28 +183,73 @@ def test_ids_outside_the_vocabulary_are_an_error(model, wrong):
 
 
 @pytest.mark.parametrize(
-    ("ids", "message"),
+    "ids",
     [
-        ([], "none|empty"),
-        ([[0], []], "none|empty"),
-        ([0.5], "integers"),
-        ([[0], [[1]]], "integers"),
+        [],
+        [[0], []],
+        [0.5],
+        [[0], [[1]]],
+        [[1, [2]]],
+        [[1], 2],
+        5,
+        None,
+        [True],
+        [2**64],
+        [[0], "a"],
     ],
 )
 @given(models())
-def test_prompts_that_are_no_prompts_are_an_error(ids, message, model):
+def test_prompts_that_are_no_prompts_are_an_error(ids, model):
     llm = llama(model)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=r"token ids|prompt"):
         llm.forward(ids)
     if ids != []:  # no prompt at all is an empty batch for generate
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=r"token ids|prompt|tokenizer"):
             llm.generate(ids, 1)
 
 
-@given(models())
-def test_an_unknown_option_is_named(model):
-    with pytest.raises(InputError, match="temprature"):
-        llama(model).generate([0], 1, temprature=1.0)
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"max_new_tokens": 1.5}, "max_new_tokens"),
+        ({"max_new_tokens": "1"}, "max_new_tokens"),
+        ({"stop_ids": 5}, "token ids"),
+        ({"stop_ids": "ab"}, "token ids"),
+        ({"temperature": "a"}, "temperature"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"seed": 1.5}, "seed"),
+        ({"temprature": 1.0}, "temprature"),
+    ],
+)
+def test_options_of_another_type_are_named(options, named):
+    llm = llama(Model(Config(2, 1, 1, 1, 2, 1, 2), seed=0))
+    for call in (llm.generate, llm.stream):
+        with pytest.raises(InputError, match=named):
+            call([0], **{"max_new_tokens": 1, **options})
+
+
+def test_float64_weights_need_the_float64_profile():
+    """Under float32 they would widen every activation."""
+    model = Model(Config(2, 1, 1, 1, 2, 1, 2), seed=0)
+    params = random(model.config, np.random.default_rng(0), np.float64)
+    with pytest.raises(InputError, match="float64"):
+        Llama(model.config, params)
+    assert Llama(model.config, params, dtype="float64").forward([0]).dtype == np.float64
+
+
+def test_weights_of_other_types_are_refused():
+    model = Model(Config(2, 1, 1, 1, 2, 1, 2), seed=0)
+    params = random(model.config, np.random.default_rng(0), np.int32)
+    with pytest.raises(InputError, match=r"embed_VD.*int32"):
+        Llama(model.config, params)
+
+
+def test_damaged_weights_are_told_without_warnings(recwarn):
+    model = Model(Config(2, 1, 1, 1, 2, 1, 2), seed=0)
+    params = model.params._replace(embed_VD=np.full((2, 2), np.inf, np.float32))
+    with pytest.raises(InputError, match="damaged"):
+        Llama(model.config, params).generate([0], 1)
+    assert not recwarn.list
 
 
 @given(models())
@@ -186,6 +275,13 @@ class FewerTokens:
     """A tokenizer of fewer tokens than the embedding table has rows."""
 
     n_vocab = 1
+    add_bos = True
+
+    def prompt_ids(self, text):
+        return [0, *self.encode(text)]
+
+    def encode(self, text):
+        return [0] * len(text)
 
     def stream(self, prompt_ids):
         return self
@@ -210,3 +306,12 @@ def test_a_tokenizer_of_more_tokens_than_the_table_is_refused():
     tokenizer.n_vocab = 4
     with pytest.raises(InputError, match="at most 3 tokens"):
         llama(model, tokenizer=tokenizer)
+
+
+def test_a_text_that_continues_a_cache_gets_no_second_bos():
+    llm = llama(Model(Config(2, 1, 1, 1, 2, 1, 2), seed=0), tokenizer=FewerTokens())
+    cache = llm.new_cache(1, 20)
+    next(llm.stream("ab", 1, cache=cache))
+    assert cache.lengths_B.tolist() == [3]
+    next(llm.stream("ab", 1, cache=cache))
+    assert cache.lengths_B.tolist() == [5]

@@ -1,5 +1,7 @@
 """Stored formats against the plain product."""
 
+import tracemalloc
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -52,3 +54,13 @@ def test_stored_wraps_16_bit_matrices_and_copies_nothing(config, seed, dtype):
     for before, after in zip(params.layers, tree.layers, strict=True):
         assert after.attn_norm_D is before.attn_norm_D
         assert (after.wq if dtype == np.float32 else after.wq.stored) is before.wq
+
+
+def test_half_never_holds_more_than_a_chunk_widened():
+    w = Half(np.zeros((64, chunks.CHUNK // 16), np.float16))  # four chunks
+    x_MD = np.zeros((1, w.shape[1]), np.float32)
+    tracemalloc.start()
+    x_MD @ w.T
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.1 * 4 * chunks.CHUNK

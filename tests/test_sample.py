@@ -110,6 +110,11 @@ def test_a_seed_repeats_and_rows_differ():
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
         ({"seed": -1}, "seed"),
+        ({"temperature": "warm"}, "temperature"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"top_k": None}, "top_k"),
+        ({"top_p": "most"}, "top_p"),
+        ({"seed": 1.5}, "seed"),
     ],
 )
 def test_values_out_of_range_are_named(values, named):
@@ -117,6 +122,9 @@ def test_values_out_of_range_are_named(values, named):
         Sampling(**values).check()
 
 
-def test_logits_that_are_not_numbers_are_an_error():
-    with pytest.raises(InputError, match="NaN"):
-        choose(np.array([0.0, np.nan], dtype=np.float32), Sampling(), Sampling().generator(0))
+@pytest.mark.parametrize("wrong", [[0.0, math.nan], [math.inf, 0.0], [-math.inf, -math.inf]])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_an_error(wrong, temperature):
+    sampling = Sampling(temperature)
+    with pytest.raises(InputError, match=f"found {max(wrong[0], wrong[1])}|found nan"):
+        choose(np.array(wrong, dtype=np.float32), sampling, sampling.generator(0))

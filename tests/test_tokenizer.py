@@ -27,7 +27,7 @@ from llama3np.tokenizer import (
     from_tokenizer_json,
     from_tokenizer_model,
 )
-from llama3np.tokenizer.llama2c import Llama2cTokenizer
+from llama3np.tokenizer.llama2c import of_pieces
 from llama3np.tokenizer.merges import check_merges
 
 GOLDEN = json.loads((paths.GOLDENS / "tokenizers.json").read_text(encoding="utf-8"))
@@ -497,7 +497,7 @@ SENTENCEPIECE = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x0c\n\x03<s>\x
         (lambda lines: [b"First Citizen:", b"Before we proceed"], "line 1: .*First Citizen"),
         (lambda lines: [b"\xff\xfe\x00", b"\x00"], "line 1"),
         (lambda lines: [b"", *lines], "line 1"),
-        (lambda lines: [SENTENCEPIECE], r"sentencepiece file \(Llama 2\)"),
+        (lambda lines: [SENTENCEPIECE], "sentencepiece"),  # damaged, or without the library
     ],
 )
 def test_a_broken_rank_file_is_refused(tmp_path, lines, spoil, complaint):
@@ -636,7 +636,7 @@ ADDED = {"id": 5, "content": "<think>", "special": False}
         (small(model=None), "model: expected dict, found NoneType"),
         (small(type="WordPiece"), "type: expected 'BPE', found \"WordPiece\""),
         (small(unk_token="<s>"), "unk_token"),
-        (small(byte_fallback=True), "byte_fallback"),
+        (small(byte_fallback=True), "Llama 2.s normalizer"),
         (small(dropout=0.1), "dropout"),
         (small(vocab=[]), "vocab: expected dict, found list"),
         (small(vocab={"a": 0, "b": 2}), r"expected ids 0 to 2, each once, found 5"),
@@ -647,7 +647,7 @@ ADDED = {"id": 5, "content": "<think>", "special": False}
         (small(merges=["a b c"]), "merge 0: expected two tokens"),
         (small(merges=[1]), "expected two tokens"),
         (small(merges=["a b", "b c"]), "merge 1"),
-        (small(merges=[[[], "b"], "a b"]), "no token"),
+        (small(merges=[[[], "b"], "a b"]), "expected two tokens"),
         (small(added_tokens=[ADDED]), "'<think>' is to be found in plain text"),
         (small(added_tokens=[1]), r"added_tokens\[0\]: expected an object"),
         (small(added_tokens=[{}]), r"added_tokens\[0\]: content"),
@@ -769,7 +769,7 @@ def test_a_gguf_without_a_key_is_refused(key):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"model": "llama"}, "model: expected gpt2, found 'llama'"),
+        ({"model": "bert"}, "model: expected gpt2 or llama, found 'bert'"),
         ({"pre": "qwen2"}, "pre: expected llama-bpe or smollm, found 'qwen2'"),
         ({"pre": "default"}, "found 'default'"),
         ({"tokens": "abc"}, "tokens: expected list, found str"),
@@ -846,7 +846,7 @@ def joined(text, pieces):
 @given(drawn=llama2c_vocabularies())
 def test_llama2c_ids_are_those_of_the_definition(drawn):
     pieces, text = drawn
-    tokenizer = Llama2cTokenizer(*map(list, zip(*pieces, strict=True)))
+    tokenizer = of_pieces(*map(list, zip(*pieces, strict=True)))
     assert tokenizer.encode(text) == joined(" " + text, pieces)
     assert tokenizer.decode(tokenizer.encode(text, bos=True)) == text
 

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from llama3np import __version__
@@ -19,7 +20,9 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 COMMANDS = {
     "generate": "continue a prompt; the text streams as it is made",
     "chat": "talk with a model: a line is a message; Ctrl-D or /exit ends",
-    "info": "say what a checkpoint is: architecture, parameters, bytes, tokenizer",
+    "info": "say what a checkpoint or preset is: structure, parameters, bytes, tokenizer",
+    "plan": "say what fits into memory, and how fast it can be at best",
+    "verify": "compare a checkpoint with what is publicly known of its model",
 }
 
 
@@ -57,9 +60,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0, 2 for a user's mistake, 130, or 1."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a model writes any character, a console may not
-            stream.reconfigure(encoding="utf-8", errors="replace")
+    open_streams()
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = parse(argv)
@@ -75,6 +76,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"llama3np: {describe(error)}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+
+
+def open_streams() -> None:
+    """UTF-8 both ways whatever the console's encoding, and a place to write where one is closed.
+
+    Bytes that are not UTF-8 come in as lone surrogates, which the tokenizer refuses by name.
+    """
+    for name, errors in (
+        ("stdin", "surrogateescape"),
+        ("stdout", "replace"),
+        ("stderr", "replace"),
+    ):
+        stream = getattr(sys, name)
+        if stream is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors=errors)
 
 
 def describe(error: Exception) -> str:

@@ -5,14 +5,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from llama3np.chat import FORMATS
+from llama3np.cost import tensor_bytes
 from llama3np.errors import InputError
 from llama3np.llm import Llama, Step, load
+from llama3np.load import Inspection, Stored, inspect
+from llama3np.load.installed import MODELS, resolve
 from llama3np.numerics import PROFILES
+from llama3np.params import named_shapes
+from llama3np.presets import PRESETS
+
+DEFAULT = "default"  # as --temperature: the sampling that the model's files recommend
 
 
 def load_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +30,11 @@ def load_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", metavar="cpu", help="where to compute")
     parser.add_argument("--dtype", default="float32", choices=PROFILES, help="precision profile")
     parser.add_argument("--max-seq-len", type=int, metavar="N", help="prompt + new tokens at most")
+    rope_argument(parser)
+
+
+def rope_argument(parser: argparse.ArgumentParser) -> None:
+    """What the files of a Meta directory do not tell."""
     parser.add_argument(
         "--rope-factor",
         type=float,
@@ -31,17 +46,55 @@ def load_arguments(parser: argparse.ArgumentParser) -> None:
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of generation."""
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="256 or what fits")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K")
+    parser.add_argument(
+        "--temperature",
+        type=temperature,
+        metavar="T",
+        help='0 (greedy) if not given; "default": what the model\'s files recommend',
+    )
+    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--top-k", type=int, metavar="K")
     parser.add_argument("--seed", type=int, metavar="S")
     parser.add_argument("--logprobs", action="store_true", help="with --json")
 
 
-def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of Llama.stream that the command line gave."""
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "logprobs")
-    return {name: getattr(args, name) for name in names}
+def temperature(text: str) -> float | str:
+    """A number, or the word "default"."""
+    return text if text == DEFAULT else float(text)
+
+
+def sampling_options(args: argparse.Namespace, llm: Llama) -> dict[str, Any]:
+    """The options of Llama.stream that the command line gave; a given one wins over the files'."""
+    given = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "seed")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given.get("temperature") == DEFAULT:
+        del given["temperature"]
+        given = llm.sampling._asdict() | given
+    return {"max_new_tokens": args.max_new_tokens, "logprobs": args.logprobs, **given}
+
+
+def chat_arguments(parser: argparse.ArgumentParser) -> None:
+    """The dialog format, for models whose files do not tell it."""
+    parser.add_argument("--chat-format", choices=FORMATS, help="in place of the model's own")
+
+
+def model_facts(model: str, rope_factor: float | None = None) -> Inspection:
+    """What MODEL is, weights unread: a path, an installed model, or a preset, which has no files.
+
+    A path that exists wins over a preset's name. Raises InputError if it is none of them.
+    """
+    path = resolve(model)
+    if path.exists() or os.sep in model:
+        return inspect(path, rope_factor)
+    if model not in PRESETS:
+        known = ", ".join(PRESETS)
+        raise InputError(f"{model}: expected a path, {' or '.join(MODELS)}, or one of {known}")
+    config = PRESETS[model]
+    tensors = {
+        name: Stored(shape, "bfloat16", tensor_bytes(shape, "bf16"))
+        for name, shape in named_shapes(config).items()
+    }
+    return Inspection(config, f"preset {model}, no files", tensors)
 
 
 def load_model(args: argparse.Namespace) -> tuple[Llama, float]:
@@ -139,14 +192,38 @@ def summary(timings: dict[str, Any]) -> str:
     return text + "]"
 
 
-def parse_ids(text: str) -> list[int]:
-    """Token ids from "1,2,3"; raises InputError naming what is not a number."""
+def parse_ids(text: str, option: str = "--prompt-ids") -> list[int]:
+    """Whole numbers from "1,2,3"; raises InputError naming what is not one."""
     ids = []
     for part in text.split(","):
         try:
             ids.append(int(part))
         except ValueError:
-            raise InputError(
-                f"--prompt-ids: expected numbers such as 1,2,3, found {part!r}"
-            ) from None
+            raise InputError(f"{option}: expected numbers such as 1,2,3, found {part!r}") from None
     return ids
+
+
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*(?:([kmgtp])(i?))?b?", re.IGNORECASE | re.ASCII)
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """Bytes from "24GB", "24GiB", "16G", "512MB" or a plain number of them.
+
+    G and GB are 10^9, GiB is 2^30; capitals do not matter. Raises InputError for anything else.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    number, unit, binary = match.groups() if match else ("0", None, None)
+    power = "kmgtp".index(unit.lower()) + 1 if unit else 0
+    size = int(float(number) * (1024 if binary else 1000) ** power)
+    if size < 1:
+        raise InputError(f"{option}: expected a size such as 24GB, 24GiB or 512M, found {text!r}")
+    return size
+
+
+def show_bytes(size: float) -> str:
+    """Bytes for people, with three digits: 16.1 GB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB" if size < 999.5 else f"{size:,.0f} TB"

@@ -13,11 +13,15 @@ from llama3np.llm import Llama
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument(
-        "prompt", nargs="?", metavar="PROMPT", help="a text; - reads standard input"
+        "prompt",
+        nargs="?",
+        metavar="PROMPT",
+        help="a text; - reads standard input",
     )
     parser.add_argument("--prompt-ids", metavar="1,2,3", help="token ids in place of PROMPT")
     parser.add_argument("--chat", action="store_true", help="PROMPT is a message to answer")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
+    common.chat_arguments(parser)
     common.sampling_arguments(parser)
     common.load_arguments(parser)
 
@@ -26,11 +30,14 @@ def run(args: argparse.Namespace) -> None:
     """Load, continue, print."""
     if (args.prompt is None) == (args.prompt_ids is None):
         raise InputError("generate: expected either PROMPT or --prompt-ids")
-    if args.system is not None and not args.chat:
-        raise InputError("generate: --system needs --chat")
+    for name in ("system", "chat_format"):
+        if getattr(args, name) is not None and not args.chat:
+            raise InputError(f"generate: --{name.replace('_', '-')} needs --chat")
+    if args.chat and args.prompt_ids is not None:
+        raise InputError("generate: --chat needs PROMPT, found --prompt-ids")
     llm, load_s = common.load_model(args)
     prompt_ids = ids_of(args, llm)
-    timed = common.Timed(llm.stream(prompt_ids, **common.sampling_options(args)))
+    timed = common.Timed(llm.stream(prompt_ids, **common.sampling_options(args, llm)))
     common.show(timed, prompt_ids, load_s, args.json, llm.tokenizer is not None)
 
 
@@ -38,8 +45,8 @@ def ids_of(args: argparse.Namespace, llm: Llama) -> list[int]:
     """The prompt as token ids, from whichever form it was given in."""
     if args.prompt_ids is not None:
         return llm.encode(common.parse_ids(args.prompt_ids))
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    text = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
     if not args.chat:
         return llm.encode(text)
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    return llm.chat_ids([*system, {"role": "user", "content": text}])
+    return llm.chat_ids([*system, {"role": "user", "content": text}], args.chat_format)

@@ -5,6 +5,7 @@
 | huggingface.py | a directory with config.json and safetensors, over safetensors.py           |
 | gguf.py        | .gguf files, over dequant.py for their blocks                               |
 | llama2c.py     | .bin files of llama2.c                                                      |
+| inspection.py  | what a checkpoint is, of any format, without reading its weights            |
 | meta.py        | a directory with params.json and consolidated.NN.pth, over pth.py           |
 | names.py       | the one table of tensor names, and the order of the rows of wq and wk       |
 """
@@ -14,19 +15,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from llama3np.errors import CheckpointError, InputError
-from llama3np.load import gguf, huggingface, llama2c, meta
+from llama3np.load import gguf, huggingface, inspection, llama2c, meta
 from llama3np.load.checkpoint import Checkpoint, Progress
 from llama3np.load.files import refuse_special
 from llama3np.load.gguf import save_gguf
 from llama3np.load.huggingface import save_hf
+from llama3np.load.inspection import Inspection, Stored
+from llama3np.load.installed import MODELS
 from llama3np.load.llama2c import save_llama2c
 from llama3np.load.meta import save_meta
 from llama3np.load.pth import save_pth
 
 __all__ = [
     "Checkpoint",
+    "Inspection",
     "Progress",
+    "Stored",
     "detect",
+    "inspect",
     "load_checkpoint",
     "save_gguf",
     "save_hf",
@@ -63,6 +69,22 @@ def load_checkpoint(
     return _LOADERS[kind](Path(path), progress)
 
 
+def inspect(path: str | Path, rope_factor: float | None = None) -> Inspection:
+    """Look at the model at `path`: a second at most, however large it is.
+
+    Headers, settings and the tokenizer are read, and every tensor is checked against the table of
+    shapes; weights are neither read nor decoded. A tokenizer that cannot be used is told in the
+    result, not raised. rope_factor is as in load_checkpoint. Raises InputError for all else that
+    load_checkpoint would refuse.
+    """
+    path = Path(path)
+    special = {"gguf": inspection.of_gguf, "huggingface": inspection.of_huggingface}
+    of = special.get(detect(path)) if rope_factor is None else None
+    if of is not None:
+        return of(path)
+    return inspection.of_checkpoint(load_checkpoint(path, rope_factor=rope_factor))
+
+
 def detect(path: str | Path) -> str:
     """Which format is at `path`, by its content: "huggingface", "meta", "gguf" or "llama2c".
 
@@ -72,11 +94,15 @@ def detect(path: str | Path) -> str:
     try:
         if path.is_dir():
             return _detect_directory(path)
-        if not path.exists():
-            raise CheckpointError(f"{path}: expected a checkpoint, found nothing there")
-        return _detect_file(path)
+        if path.is_file():
+            return _detect_file(path)
+        found = "neither a file nor a directory" if path.exists() else "nothing there"
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    known = ", ".join(MODELS)
+    raise CheckpointError(
+        f"{path}: expected a checkpoint or an installed model ({known}), found {found}"
+    )
 
 
 def _detect_directory(path: Path) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from llama3np.config import Config
 from llama3np.params import Params, Weight, check, from_named
+from llama3np.sample import GREEDY, Sampling
 
 # progress(done_bytes, total_bytes, tensor_name), called once for each tensor
 Progress = Callable[[int, int, str], None]
@@ -35,6 +36,7 @@ class Checkpoint(NamedTuple):
     tokenizer: Any  # of llama3np.tokenizer, or None if the files have none
     layout: str  # "Hugging Face directory, 4 safetensors files, bf16"
     stop_ids: tuple[int, ...]  # any of them ends a text
+    sampling: Sampling = GREEDY  # what the files recommend
 
 
 def assemble(tensors: Mapping[str, Weight], config: Config) -> Params:

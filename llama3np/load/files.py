@@ -90,6 +90,26 @@ def refuse_existing(path: Path) -> None:
 
 
 @contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """Yield a temporary directory, renamed to this one if the block ends well, else removed.
+
+    Raises InputError if there is anything at `directory` but an empty directory.
+    """
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
+    refuse_existing(directory)
+    temporary = directory.with_name(directory.name + ".partial")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(directory)
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`, renamed to it if the block ends well, else removed."""
     refuse_existing(path)
@@ -101,23 +121,3 @@ def new_file(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory, renamed to `path` if the block ends well, else removed.
-
-    An empty directory may be at `path` already.
-    """
-    if path.is_dir() and not any(path.iterdir()):
-        path.rmdir()
-    refuse_existing(path)
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,14 +40,29 @@ def load(path: Path, progress: Progress | None = None) -> Checkpoint:
 
     Raises CheckpointError for all that is not as it should be.
     """
+    gguf, config, matched, layout = open_file(path)
+    params = assemble(_weights(gguf, matched, progress), config)
+    tokenizer = tokenizer_of(gguf, path)
+    stop_ids = tuple(tokenizer.stop_ids) if tokenizer else ()
+    return Checkpoint(config, params, tokenizer, layout, stop_ids)
+
+
+class Opened(NamedTuple):
+    """A file's model with nothing read but its header (and the RoPE divisors)."""
+
+    gguf: GGUF
+    config: Config
+    matched: dict[str, str]  # our name -> the file's
+    layout: str  # "GGUF v3, Q4_1 and Q8_0"
+
+
+def open_file(path: Path) -> Opened:
+    """Read the header, its tensors checked against its settings. Raises InputError as load does."""
     gguf = read(path)
     config = _config(gguf, path)
     shapes = {name: info.shape for name, info in gguf.tensors.items()}
     matched = names.matched(shapes, config, "gguf", str(path))
-    params = assemble(_weights(gguf, matched, progress), config)
-    tokenizer = _tokenizer(gguf, path)
-    stop_ids = tuple(tokenizer.stop_ids) if tokenizer else ()
-    return Checkpoint(config, params, tokenizer, _layout(gguf), stop_ids)
+    return Opened(gguf, config, matched, _layout(gguf))
 
 
 def _config(gguf: GGUF, path: Path) -> Config:
@@ -107,7 +122,8 @@ def _pool() -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _tokenizer(gguf: GGUF, path: Path) -> Any:
+def tokenizer_of(gguf: GGUF, path: Path) -> Any:
+    """The tokenizer in a file, or None. Raises InputError for one that cannot be used."""
     from llama3np import tokenizer  # not needed for the weights alone
 
     if gguf.metadata.get("tokenizer.ggml.model", "none") == "none":

@@ -6,16 +6,18 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from reprlib import repr as short
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llama3np.config import Config, from_hf
-from llama3np.errors import CheckpointError
+from llama3np.errors import CheckpointError, InputError
 from llama3np.load import names, safetensors
 from llama3np.load.checkpoint import Checkpoint, Progress, assemble, dtypes, report
 from llama3np.load.files import new_directory, read_json
 from llama3np.params import Params, named
+from llama3np.sample import GREEDY, Sampling
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -25,10 +27,40 @@ _EMBED = names.foreign("embed_VD", "huggingface")
 # ---- reading ---------------------------------------------------------------------------------
 
 
+class Opened(NamedTuple):
+    """A directory's model with nothing read but its JSON files and the tensors' headers."""
+
+    config: Config
+    tensors: dict[str, np.ndarray]  # by our names, mapped, in the dtype of the file
+    layout: str  # "Hugging Face directory, 4 safetensors files, bf16"
+    stop_ids: tuple[int, ...]  # those that the settings declare; the tokenizer's count too
+    sampling: Sampling
+
+
 def load(directory: Path, progress: Progress | None = None) -> Checkpoint:
     """Load a directory of a Llama model. Raises CheckpointError for all that is wrong."""
-    settings_path = directory / "config.json"
+    opened = open_directory(directory)
+    ours = opened.tensors
+    report(progress, {name: w.nbytes for name, w in ours.items()}, ours)
+    tokenizer = tokenizer_of(directory)
+    params = assemble(ours, opened.config)
+    stop_ids = with_tokenizers(opened.stop_ids, tokenizer)
+    return Checkpoint(opened.config, params, tokenizer, opened.layout, stop_ids, opened.sampling)
+
+
+def with_tokenizers(declared: tuple[int, ...], tokenizer: Any) -> tuple[int, ...]:
+    """Both: settings that declare one end must not keep a dialog from stopping at the other."""
+    return tuple(dict.fromkeys([*declared, *(tokenizer.stop_ids if tokenizer else ())]))
+
+
+def open_directory(directory: Path) -> Opened:
+    """Read the settings and map the tensors, all of them checked against each other.
+
+    Raises CheckpointError as load does.
+    """
+    settings_path, generation_path = directory / "config.json", directory / "generation_config.json"
     settings = read_json(settings_path)
+    generation = read_json(generation_path) if generation_path.exists() else {}
     config = from_hf(settings, str(settings_path))
     tensors, n_files = _read_weights(directory)
     if config.tied:
@@ -36,12 +68,10 @@ def load(directory: Path, progress: Progress | None = None) -> Checkpoint:
     shapes = {name: w.shape for name, w in tensors.items()}
     matched = names.matched(shapes, config, "huggingface", str(directory))
     ours = {name: tensors[theirs] for name, theirs in matched.items()}
-    report(progress, {name: w.nbytes for name, w in ours.items()}, ours)
-    tokenizer = _tokenizer(directory)
     files = "1 safetensors file" if n_files == 1 else f"{n_files} safetensors files"
     layout = f"Hugging Face directory, {files}, {dtypes(ours.values())}"
-    stop_ids = _stop_ids(directory, settings, tokenizer)
-    return Checkpoint(config, assemble(ours, config), tokenizer, layout, stop_ids)
+    stop_ids = _stop_ids({generation_path: generation, settings_path: settings})
+    return Opened(config, ours, layout, stop_ids, _sampling(generation, generation_path))
 
 
 def _read_weights(directory: Path) -> tuple[dict[str, np.ndarray], int]:
@@ -94,7 +124,8 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     )
 
 
-def _tokenizer(directory: Path) -> Any:
+def tokenizer_of(directory: Path) -> Any:
+    """The tokenizer in a directory, or None. Raises CheckpointError for one that cannot be used."""
     from llama3np import tokenizer  # not needed for the weights alone
 
     if (directory / "tokenizer.json").exists():
@@ -104,20 +135,35 @@ def _tokenizer(directory: Path) -> Any:
     return None
 
 
-def _stop_ids(directory: Path, settings: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
-    """What ends a text: by generation_config.json, else config.json, else the tokenizer."""
-    generation = directory / "generation_config.json"
-    sources = {"generation_config.json": read_json(generation)} if generation.exists() else {}
-    for file, values in (sources | {"config.json": settings}).items():
+def _stop_ids(sources: Mapping[Path, Mapping[str, Any]]) -> tuple[int, ...]:
+    """What ends a text by the first file that says it; nothing if none does."""
+    for path, values in sources.items():
         found = values.get("eos_token_id")
         ids = found if isinstance(found, list) else [found]
         if found is not None and not all(type(i) is int and i >= 0 for i in ids):
-            raise CheckpointError(
-                f"{directory / file}: eos_token_id: expected ids, found {found!r}"
-            )
+            raise CheckpointError(f"{path}: eos_token_id: expected ids, found {short(found)}")
         if found is not None:
             return tuple(ids)
-    return tuple(tokenizer.stop_ids) if tokenizer else ()
+    return ()
+
+
+def _sampling(generation: Mapping[str, Any], path: Path) -> Sampling:
+    """What generation_config.json recommends: greedy unless it has do_sample.
+
+    A setting that it leaves out limits nothing. (transformers then has a top_k of 50 of its own.)
+    """
+    if not generation.get("do_sample"):
+        return GREEDY
+    given = {name: generation.get(name) for name in ("temperature", "top_k", "top_p")}
+    for name, value in given.items():
+        kinds = int if name == "top_k" else (int, float)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+            raise CheckpointError(f"{path}: {name}: expected a number, found {value!r}")
+    values = {name: value for name, value in given.items() if value is not None}
+    try:
+        return Sampling(**{"temperature": 1.0, **values}).check()
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 # ---- writing ---------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -34,6 +34,15 @@ class Lazy(NamedTuple):
     def nbytes(self) -> int:
         """The bytes of the whole tensor, as an array's."""
         return self.size * self.dtype.itemsize
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The whole tensor, for what cannot be done chunk by chunk."""
+        whole = np.empty(self.size, self.dtype)
+        start = 0
+        for chunk in self.chunks():
+            whole[start : start + chunk.size] = chunk.reshape(-1)
+            start += chunk.size
+        return whole.reshape(self.shape).astype(dtype or self.dtype, copy=False)
 
 
 def write_tensor(file: BinaryIO, name: str, tensor: np.ndarray | Lazy) -> None:

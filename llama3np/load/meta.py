@@ -264,10 +264,10 @@ def _cut(name: str, config: Config) -> int:
     return 1 if _CUT_INPUT.fullmatch(name) else 0
 
 
-def _slice(w: Any, axis: int, rank: int, n: int) -> Lazy:
-    """One rank's part of a matrix, or the whole of a norm vector."""
-    if w.ndim == 1:
-        return Lazy(w.shape, w.dtype, lambda: iter((w,)))
+def _slice(w: Any, axis: int, rank: int, n: int) -> Any:
+    """One rank's part of a matrix; all of a norm vector, and of what is not cut."""
+    if w.ndim == 1 or n == 1:
+        return w
     step = w.shape[axis] // n
     place = slice(rank * step, (rank + 1) * step)
     part = (place,) if axis == 0 else (slice(None), place)

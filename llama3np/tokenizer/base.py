@@ -76,7 +76,7 @@ class Tokenizer(ABC):
             utf8 = text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(
-                f"text: expected Unicode characters, found the lone surrogate "
+                f"text: expected Unicode (in UTF-8), found the lone surrogate "
                 f"U+{ord(text[error.start]):04X} at position {error.start}"
             ) from None
         ids = self._encode(text, utf8)

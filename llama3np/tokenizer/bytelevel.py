@@ -41,7 +41,8 @@ def tokenizer(vocab: Vocabulary, **known: Any) -> BytePairTokenizer:
     pieces = [b""] * len(vocab.texts)
     for id, piece in zip(ordinary.values(), _to_bytes(list(ordinary), vocab.source), strict=True):
         pieces[id] = piece
-    check_merges(_split_merges(vocab), ordinary, vocab.whole_piece, vocab.source)
+    merges = split_merges(vocab.merges, vocab.source)
+    check_merges(merges, ordinary, vocab.whole_piece, vocab.source)
     return BytePairTokenizer(pieces, vocab.pre, specials=vocab.specials, **known)
 
 
@@ -73,13 +74,16 @@ def _to_bytes(texts: list[str], source: str) -> list[bytes]:
     return pieces
 
 
-def _split_merges(vocab: Vocabulary) -> list[tuple[str, ...]]:
-    """Merges as pairs; the tokenizers library writes "a b", since 0.20 ["a", "b"]."""
+def split_merges(merges: Sequence[Any], source: str) -> list[tuple[str, ...]]:
+    """Merges as pairs; the tokenizers library writes "a b", since 0.20 ["a", "b"].
+
+    Raises CheckpointError, naming `source`, for what is not two texts.
+    """
     try:
-        pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in vocab.merges]
+        pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
     except TypeError:
         pairs = [()]
     for i, pair in enumerate(pairs):
-        if len(pair) != 2:
-            raise CheckpointError(f"{vocab.source}: merge {i}: expected two tokens, found {pair}")
+        if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise CheckpointError(f"{source}: merge {i}: expected two tokens, found {pair}")
     return pairs

@@ -1,7 +1,8 @@
-"""Byte-level BPE from tokenizer.json, the file of Hugging Face's tokenizers library.
+"""BPE from tokenizer.json, the file of Hugging Face's tokenizers library.
 
 Only what changes no id is ignored. The rest (normalizer, pre-tokenizer, model options) must be
-what Llama 3 or SmolLM2 has, or the file is refused with a word on what was found.
+what Llama 3 or SmolLM2 has (merging bytes) or what Llama 2 has (merging characters, with bytes to
+fall back on), or the file is refused with a word on what was found.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from llama3np.errors import CheckpointError
-from llama3np.tokenizer.base import read_bytes, stop_ids
-from llama3np.tokenizer.bpe import LLAMA3, SMOLLM, BytePairTokenizer, PreTokenizer
-from llama3np.tokenizer.bytelevel import Vocabulary, tokenizer
+from llama3np.tokenizer.base import Tokenizer, read_bytes, stop_ids
+from llama3np.tokenizer.bpe import LLAMA3, SMOLLM, PreTokenizer
+from llama3np.tokenizer.bytelevel import Vocabulary, split_merges, tokenizer
 from llama3np.tokenizer.llama3 import BEGIN_OF_TEXT
+from llama3np.tokenizer.pieces import BYTE_NAMES, SPACE, PieceTokenizer, by_rank, table
 
 _SPLIT = {
     "type": "Split",
@@ -24,13 +26,21 @@ _SPLIT = {
 }
 _DIGITS = {"type": "Digits", "individual_digits": True}
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False}
+_PREPEND = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": SPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+    ],
+}
+_METASPACE = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
 _PRE = (
     (LLAMA3, [_SPLIT, {**_BYTES, "use_regex": False}]),
     (SMOLLM, [_DIGITS, {**_BYTES, "use_regex": True}]),
 )
 
 
-def from_tokenizer_json(path: str | Path) -> BytePairTokenizer:
+def from_tokenizer_json(path: str | Path) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`, with what `tokenizer_config.json` beside it adds.
 
     From the latter: BOS, EOS, whether prompts begin with BOS, the chat template. Raises
@@ -38,9 +48,8 @@ def from_tokenizer_json(path: str | Path) -> BytePairTokenizer:
     """
     path = Path(path)
     file = _Node(_read_json(path), str(path))
-    config = _config_beside(path)
+    config = config_beside(path)
     specials = _specials(file)
-    vocab = _vocabulary(file, specials)
     template_bos = _leading_token(file.value.get("post_processor"))
     bos = _token_name(config.get("bos_token")) or template_bos
     if bos is None and BEGIN_OF_TEXT in specials:
@@ -49,12 +58,15 @@ def from_tokenizer_json(path: str | Path) -> BytePairTokenizer:
     add_bos = config.get("add_bos_token")
     if add_bos is None:
         add_bos = template_bos or BEGIN_OF_TEXT in specials
-    return tokenizer(
-        vocab,
+    model = file.value.get("model")
+    falls_back = isinstance(model, dict) and model.get("byte_fallback")
+    return (_pieces if falls_back else _byte_level)(
+        file,
+        specials,
         bos_id=_special_id(specials, bos, path),
         add_bos=bool(add_bos),
         stop_ids=stop_ids(specials, _special_id(specials, eos, path)),
-        chat_template=_chat_template(path, config),
+        chat_template=chat_template(path, config),
     )
 
 
@@ -90,25 +102,65 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def _vocabulary(file: _Node, specials: dict[str, int]) -> Vocabulary:
+def _byte_level(file: _Node, specials: dict[str, int], **known: Any) -> Tokenizer:
+    """Llama 3's and SmolLM2's kind; `known` goes to Tokenizer, here and below."""
     file.expect(normalizer=None)
     pre = _pre_tokenizer(file)
-    model = _Node(file.get("model", dict), f"{file.where}: model")
-    model.expect(
-        type="BPE",
-        dropout=None,
-        unk_token=None,
-        continuing_subword_prefix=None,
-        end_of_word_suffix=None,
-        byte_fallback=False,
-    )
-    return Vocabulary(
+    model = _model(file, unk_token=None, byte_fallback=False)
+    vocab = Vocabulary(
         source=file.where,
         texts=_by_id(model.get("vocab", dict), specials, file.where),
         specials=specials,
         merges=model.get("merges", list),
         whole_piece=bool(model.value.get("ignore_merges")),
         pre=pre,
+    )
+    return tokenizer(vocab, **known)
+
+
+def _model(file: _Node, **wanted: Any) -> _Node:
+    """The model, once it is BPE with nothing that would change an id but what is `wanted`."""
+    model = _Node(file.get("model", dict), f"{file.where}: model")
+    model.expect(
+        type="BPE",
+        dropout=None,
+        continuing_subword_prefix=None,
+        end_of_word_suffix=None,
+        **wanted,
+    )
+    return model
+
+
+def _pieces(file: _Node, specials: dict[str, int], **known: Any) -> Tokenizer:
+    """Llama 2's kind. With a token for every byte there is nothing unknown, and none is fused."""
+    prefix = _prefix(file)
+    model = _model(file, ignore_merges=False)
+    texts = _by_id(model.get("vocab", dict), specials, file.where)
+    ids = {text: id for id, text in enumerate(texts)}
+    byte_ids = [ids[name] for name in BYTE_NAMES if name in ids]
+    tokens = table(texts, byte_ids, list(specials.values()), file.where)
+    ranks: dict[tuple[str, str], int] = {}
+    for rank, pair in enumerate(split_merges(model.get("merges", list), file.where)):
+        left, right = (text.replace(SPACE, " ") for text in pair)
+        if not {left, right, left + right} <= tokens.ids.keys():
+            raise CheckpointError(
+                f"{file.where}: merge {rank} {pair} has or makes what is no token"
+            )
+        ranks[left, right] = rank
+    begins_after = {None, *specials.values()}
+    return PieceTokenizer(tokens, by_rank(ranks), begins_after, prefix, **known)
+
+
+def _prefix(file: _Node) -> str:
+    """Which of PREFIXES the file asks for: spaces become U+2581, and one is put before a text."""
+    normalizer, pre = file.value.get("normalizer"), file.value.get("pre_tokenizer")
+    if pre is None and normalizer == _PREPEND:
+        return "always"
+    if normalizer is None and pre == _METASPACE:
+        return "unless space"
+    raise CheckpointError(
+        f"{file.where}: expected Llama 2's normalizer (Prepend, Replace) or its pre_tokenizer "
+        f"(Metaspace), found {_brief(normalizer)} and {_brief(pre)}"
     )
 
 
@@ -183,7 +235,8 @@ def _read_json(path: Path) -> Any:
         raise CheckpointError(f"{path}: expected JSON, found something else ({error})") from None
 
 
-def _config_beside(path: Path) -> dict[str, Any]:
+def config_beside(path: Path) -> dict[str, Any]:
+    """The tokenizer_config.json beside a tokenizer's file; empty if there is none."""
     beside = path.with_name("tokenizer_config.json")
     return _Node(_read_json(beside), str(beside)).value if beside.exists() else {}
 
@@ -195,7 +248,7 @@ def _token_name(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
+def chat_template(path: Path, config: dict[str, Any]) -> str | None:
     """The template's text: in the config, there under the name "default", or in its own file."""
     template = config.get("chat_template")
     if isinstance(template, list):

@@ -6,7 +6,7 @@ import binascii
 from pathlib import Path
 
 from llama3np.errors import CheckpointError
-from llama3np.tokenizer.base import read_bytes, stop_ids
+from llama3np.tokenizer.base import stop_ids
 from llama3np.tokenizer.bpe import LLAMA3, BytePairTokenizer
 
 BEGIN_OF_TEXT = "<|begin_of_text|>"
@@ -31,20 +31,14 @@ _NAMED = (
 )
 
 
-def from_tokenizer_model(path: str | Path) -> BytePairTokenizer:
-    """The tokenizer of a `tokenizer.model` from Meta's Llama 3 folders.
+def from_ranks(data: bytes, path: str | Path) -> BytePairTokenizer:
+    """The tokenizer of a `tokenizer.model` from Meta's Llama 3 folders, given its bytes.
 
-    Raises CheckpointError, naming the line, for anything but 128,000 tokens with the ranks 0 to
-    127,999, and for the sentencepiece file that Llama 2 has under the same name.
+    Raises CheckpointError, naming `path` and the line, for anything but 128,000 tokens with the
+    ranks 0 to 127,999.
     """
-    data = read_bytes(path)
-    if data[:1] == b"\n" and b"<unk>" in data[:64]:  # a protobuf whose first piece is <unk>
-        raise CheckpointError(
-            f"{path}: expected lines of base64 and rank (Llama 3), "
-            f"found a sentencepiece file (Llama 2)"
-        )
     pieces = _read_ranks(data, path)
-    specials = {name: N_RANKS + i for i, name in enumerate(_special_names())}
+    specials = {name: N_RANKS + i for i, name in enumerate(special_names())}
     return BytePairTokenizer(
         pieces + [b""] * N_SPECIALS,
         LLAMA3,
@@ -55,7 +49,7 @@ def from_tokenizer_model(path: str | Path) -> BytePairTokenizer:
     )
 
 
-def _special_names() -> list[str]:
+def special_names() -> list[str]:
     """All 256 control tokens in the order of their ids."""
     reserved = (f"reserved_special_token_{i}" for i in range(2, N_SPECIALS - len(_NAMED) + 2))
     return [f"<|{name}|>" for name in (*_NAMED, *reserved)]

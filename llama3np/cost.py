@@ -1,0 +1,156 @@
+"""What a model costs, from its Config alone: parameters, bytes, FLOPs, and the roofline.
+
+Letters are those of the dimension key: L layers, N query and K key/value heads of size H, width D,
+feed-forward width F, vocabulary V; S is the context, the tokens a new one attends to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+from typing import NamedTuple
+
+from llama3np.config import Config
+from llama3np.errors import InputError
+from llama3np.params import layer_shapes, named_shapes
+
+# ---- formats ---------------------------------------------------------------------------------
+
+
+class Format(NamedTuple):
+    """How a weight is stored: blocks of so many weights in so many bytes."""
+
+    weights: int
+    nbytes: int
+
+    @property
+    def bits(self) -> float:
+        """Bits for each weight, the block's scale included."""
+        return 8 * self.nbytes / self.weights
+
+
+FORMATS = {
+    "f32": Format(1, 4),
+    "bf16": Format(1, 2),
+    "f16": Format(1, 2),
+    "q8_0": Format(32, 34),  # 32 int8 and a float16 scale: 8.5 bits
+    "q4_0": Format(32, 18),  # 32 of 4 bits and a float16 scale: 4.5 bits
+}
+CACHE_BYTES = {"f32": 4, "f64": 8, "bf16": 2, "f16": 2}
+
+
+def tensor_bytes(shape: tuple[int, ...], format: str) -> int:
+    """Bytes of one tensor in one of FORMATS.
+
+    In block formats a vector stays float32, as GGUF files have it, and so does a matrix whose rows
+    are no whole number of blocks.
+    """
+    form = FORMATS[format]
+    if (len(shape) == 1 and form.weights > 1) or shape[-1] % form.weights:
+        form = FORMATS["f32"]
+    return prod(shape) // form.weights * form.nbytes
+
+
+# ---- parameters and bytes --------------------------------------------------------------------
+
+
+def parameters(config: Config) -> dict[str, int]:
+    """Parameters by part; a tied head is counted once, as the embedding.
+
+    embedding   V D
+    attention   L (N H D + 2 K H D + D N H)        wq; wk and wv; wo
+    feed_forward  3 L D F                          w_gate, w_up, w_down
+    norms       (2 L + 1) D
+    head        V D, or 0 if tied
+    """
+    layer, L = layer_shapes(config), config.n_layers
+    table = config.vocab_size * config.dim
+    return {
+        "embedding": table,
+        "attention": L * sum(map(prod, (layer.wq, layer.wk, layer.wv, layer.wo))),
+        "feed_forward": L * sum(map(prod, (layer.w_gate, layer.w_up, layer.w_down))),
+        "norms": (2 * L + 1) * config.dim,
+        "head": 0 if config.tied else table,
+    }
+
+
+def weight_bytes(config: Config, format: str) -> int:
+    """Bytes of all weights in one of FORMATS; what stays wider is said at tensor_bytes."""
+    return sum(tensor_bytes(shape, format) for shape in named_shapes(config).values())
+
+
+def cache_bytes_per_token(config: Config, dtype: str) -> int:
+    """Bytes of the keys and values of one token: 2 L K H, each of the dtype's size."""
+    return 2 * config.n_layers * config.n_kv_heads * config.head_dim * CACHE_BYTES[dtype]
+
+
+# ---- work for one token ----------------------------------------------------------------------
+
+
+def flops_per_token(config: Config, context: int) -> int:
+    """Floating-point operations to decode one token that attends to `context` others and itself.
+
+    2 for each weight of a product (a multiplication and an addition; the embedding is a look-up,
+    the head a product, tied or not), and 4 L N H S: scores and weighted values of S = context + 1
+    positions. Norms, RoPE and softmax are below a thousandth of it and left out.
+    """
+    parts = parameters(config)
+    weights = parts["attention"] + parts["feed_forward"] + config.vocab_size * config.dim
+    heads = config.n_layers * config.n_heads * config.head_dim
+    return 2 * weights + 4 * heads * (context + 1)
+
+
+def bytes_per_step(config: Config, format: str, context: int, batch: int, dtype: str) -> int:
+    """Bytes that a decode step of `batch` rows reads, each row with `context` tokens before it.
+
+    Every weight once whatever the batch, but of an embedding that is no head only `batch` rows,
+    and context keys and values of every row.
+    """
+    rows = tensor_bytes((batch, config.dim), format)
+    table = tensor_bytes((config.vocab_size, config.dim), format)
+    weights = weight_bytes(config, format) + (0 if config.tied else rows - table)
+    return weights + batch * context * cache_bytes_per_token(config, dtype)
+
+
+# ---- what fits, and how fast it can be at best -----------------------------------------------
+
+
+def share(config: Config, gpus: int) -> Config:
+    """One of `gpus` equal parts of a model: heads, feed-forward width and vocabulary divided.
+
+    Tensor parallelism (Shoeybi et al. 2019): the width stays whole, so each part holds all norms.
+    Raises InputError if the heads or the feed-forward width are not divisible.
+    """
+    divided = {"n_kv_heads": config.n_kv_heads, "ffn_dim": config.ffn_dim}
+    for name, size in divided.items():
+        if gpus < 1 or size % gpus:
+            raise InputError(f"gpus: expected a number that divides {name} {size}, found {gpus}")
+    return replace(
+        config,
+        n_heads=config.n_heads // gpus,
+        n_kv_heads=config.n_kv_heads // gpus,
+        ffn_dim=config.ffn_dim // gpus,
+        vocab_size=-(-config.vocab_size // gpus),
+    )
+
+
+def memory(config: Config, format: str, context: int, batch: int, dtype: str) -> int:
+    """Bytes of weights and cache. Activations, the program and the drivers come on top."""
+    return weight_bytes(config, format) + batch * context * cache_bytes_per_token(config, dtype)
+
+
+def longest_context(config: Config, format: str, memory: int, dtype: str) -> int:
+    """Tokens of one row whose cache fits into `memory` bytes beside the weights; 0 if none."""
+    free = memory - weight_bytes(config, format)
+    return max(0, min(config.context_length, free // cache_bytes_per_token(config, dtype)))
+
+
+def roofline(
+    config: Config, format: str, context: int, batch: int, dtype: str, bandwidth: float
+) -> float:
+    """Tokens per second, all rows together, if reading memory at `bandwidth` were all there is.
+
+    batch * bandwidth / bytes_per_step: an upper bound for decoding. Computing, and with several
+    GPUs the exchange between them, take from it.
+    """
+    return batch * bandwidth / bytes_per_step(config, format, context, batch, dtype)

@@ -1,0 +1,134 @@
+"""Llama 3 8B at full size, 16.06 GB of made-up bfloat16 weights: how fast it opens, what it holds.
+
+    env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE python tools/bench_8b.py FOLDER [hf] [meta]
+
+Makes FOLDER/hf (four safetensors files) and FOLDER/meta (one consolidated.00.pth) with
+make_checkpoint.py if they are not there: 16.1 GB of disk each. Each is measured in a process of its
+own, after its files were read once, and the table is printed in Markdown.
+
+Open to ready is llama3np.load, tokenizer included; the import before it is not. RssAnon is memory
+that only this process has, VmRSS less what is mapped from files; its peak is looked up every 50 ms.
+Page cache is what of the files is mapped and resident (RssFile). Decoding is greedy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import make_checkpoint
+
+import llama3np
+from llama3np.presets import PRESETS
+
+PRESET = "llama3-8b"
+PROMPT_TOKENS, NEW_TOKENS, MAX_SEQ_LEN = 512, 32, 2048
+ROWS = {  # key -> what it is called, its format, and the bar
+    "open_s": ("open to ready", "{:.2f} s", "< 2 s"),
+    "ready_anon": ("RssAnon at ready", "{:.2f} GB", "< 1.0 GB"),
+    "peak_anon": ("RssAnon, peak through prefill and decode", "{:.2f} GB", "< 2.5 GB"),
+    "file": ("resident pages of the files", "{:.2f} GB", ""),
+    "prefill": (f"prefill, {PROMPT_TOKENS} tokens", "{:.1f} tokens/s", ""),
+    "decode": (f"decode, {NEW_TOKENS} tokens", "{:.2f} tokens/s", ""),
+}
+
+
+def resident(kind: str) -> float:
+    """RssAnon or RssFile of this process in GB (10**9 bytes)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(kind + ":"):
+            return int(line.split()[1]) * 1024 / 1e9
+    raise SystemExit(f"/proc/self/status has no {kind}: this benchmark needs Linux")
+
+
+class Peak:
+    """The largest RssAnon while the block runs."""
+
+    def __enter__(self) -> Peak:
+        self.gigabytes, self._done = resident("RssAnon"), threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.05):
+            self.gigabytes = max(self.gigabytes, resident("RssAnon"))
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.gigabytes = max(self.gigabytes, resident("RssAnon"))
+
+
+def warm(folder: Path) -> None:
+    """Read every file once, so that the page cache has what fits of it."""
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            with file.open("rb", buffering=0) as opened:
+                while opened.read(1 << 24):
+                    pass
+
+
+def measure(path: str) -> dict[str, float]:
+    """All rows of one checkpoint, in this process."""
+    start = time.perf_counter()
+    llm = llama3np.load(path, max_seq_len=MAX_SEQ_LEN)
+    figures = {"open_s": time.perf_counter() - start, "ready_anon": resident("RssAnon")}
+    prompt = [1 + 7 * i % 127_000 for i in range(PROMPT_TOKENS)]
+    cache = llm.new_cache()
+    times = [time.perf_counter()]
+    with Peak() as peak:
+        for _ in llm.stream(prompt, NEW_TOKENS + 1, cache=cache, stop_ids=()):
+            times.append(time.perf_counter())
+    figures |= {"peak_anon": peak.gigabytes, "file": resident("RssFile")}
+    figures["prefill"] = PROMPT_TOKENS / (times[1] - times[0])
+    figures["decode"] = NEW_TOKENS / (times[-1] - times[1])
+    return figures
+
+
+def in_a_process(path: Path) -> dict[str, float]:
+    command = [sys.executable, __file__, "--measure", str(path)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def table(figures: dict[str, dict[str, Any]]) -> str:
+    lines = [f"| | {' | '.join(figures)} | bar |", "|---" * (len(figures) + 2) + "|"]
+    for key, (name, form, bar) in ROWS.items():
+        cells = [form.format(column[key]) for column in figures.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} | {bar} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("layouts", nargs="*", help="hf and meta, or one of them")
+    parser.add_argument("--measure", metavar="PATH", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.measure)))
+        return
+    figures = {}
+    for layout in args.layouts or ("hf", "meta"):
+        path = args.folder / layout
+        if not path.exists():
+            print(f"making {path}", file=sys.stderr)
+            args.folder.mkdir(parents=True, exist_ok=True)
+            make_checkpoint.write(PRESETS[PRESET], layout, path)
+        warm(path)
+        figures[layout] = in_a_process(path)
+    print(table(figures))
+    print(f"\n{os.cpu_count()} cores, Python {sys.version.split()[0]}")
+
+
+if __name__ == "__main__":
+    main()
