@@ -46,6 +46,11 @@ def tiny(name: str) -> Config:
     )
 
 
+def long(name: str) -> Config:
+    """The tiny model's first layer: over 8448 tokens every score of a head takes its time."""
+    return replace(tiny(name), n_layers=1)
+
+
 def wide(name: str) -> Config:
     """The published widths, two layers of them; of 405B one, for two take 25.5 GB in float32."""
     n_layers = 1 if name == "llama3.1-405b" else 2
