@@ -1,5 +1,6 @@
 # make run   - install into .venv, fetch a small real model, generate text with it
 # make test  - the whole test-suite
+# make fuzz  - thousands of spoiled files of every format
 # make lint  - ruff and mypy
 # make bench - what a decode step costs beside its matrix products, and what starting costs
 
@@ -7,13 +8,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROMPT ?= Gravity is
 
-.PHONY: run test lint bench clean
+.PHONY: run test fuzz lint bench clean
 
 run: .venv/.model
 	$(BIN)/llama3np generate smollm2 "$(PROMPT)" --max-new-tokens 64
 
 test: .venv/.test .venv/.model .venv/.tokenizer
 	$(BIN)/python -m pytest
+
+fuzz: .venv/.test
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_fuzz.py --timeout=0
 
 lint: .venv/.test
 	$(BIN)/ruff check .

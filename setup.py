@@ -18,6 +18,18 @@ TEST = [
     "tokenizers>=0.20",  # an independent reader of tokenizer.json
 ]
 
+EXTRAS = {
+    "cuda12": ["cupy-cuda12x[ctk]>=14"],  # [ctk]: the toolkit's parts, so that a driver is enough
+    "cuda13": ["cupy-cuda13x[ctk]>=14"],
+    "fast": ["numba>=0.60"],
+    "gguf": ["gguf>=0.17"],
+    "llama2": LLAMA2,
+    "mpi": ["mpi4py>=4"],
+    "serve": ["starlette>=0.40", "uvicorn>=0.30"],
+    "explain": ["matplotlib>=3.8"],
+    "test": TEST,
+}
+
 setup(
     name="llama3np",
     version="0.1.0",
@@ -35,7 +47,7 @@ setup(
         "rich>=13",  # progress bars, tables and trees of the command
         "tiktoken>=0.13",  # 0.13 merges long pieces in linear time
     ],
-    extras_require={"llama2": LLAMA2, "test": TEST},
+    extras_require=EXTRAS,
     entry_points={"console_scripts": ["llama3np = llama3np.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -310,9 +310,8 @@ def from_meta(
 ) -> Config:
     """The Config of Meta's `params.json`, given as its parsed object.
 
-    Rows of the embedding table and of w1, and the tie, are facts of the tensors. rope_factor is
-    that of `use_scaled_rope`, which the file does not tell (see meta_rope_factor). Raises
-    CheckpointError, naming `source` and the key, as from_hf does.
+    Rows of the embedding table and of w1, and the tie, are facts of the tensors; rope_factor is
+    what the file does not tell of `use_scaled_rope`. Raises CheckpointError, as from_hf does.
     """
     with _naming(source):
         given = _meta_settings(values, vocab_size, ffn_dim)
@@ -328,7 +327,6 @@ def from_meta(
             norm_eps=_number(given, "norm_eps", 1e-5),
             rope_theta=_number(given, "rope_theta", _meta_theta(vocab_size)),
             rope_scaling=_meta_scaling(given, rope_factor),
-            rope_pairing="interleaved",
             tied=tied,
             context_length=_meta_context(given, vocab_size),
         )
@@ -482,7 +480,10 @@ def _gguf_head_dim(given: Mapping[str, Any]) -> int:
 
 
 def _gguf_theta(given: Mapping[str, Any]) -> float:
-    return _number(given, "rope.freq_base", 10000.0)
+    theta = _number(given, "rope.freq_base", 10000.0)
+    if theta <= 0:
+        raise InputError(f"rope.freq_base: expected a number above 0, found {theta}")
+    return theta
 
 
 def _gguf_scaling(given: Mapping[str, Any], divisors_P: np.ndarray | None) -> RopeScaling | None:

@@ -1,6 +1,7 @@
 """Hypothesis profiles, and one line at the end that says what was skipped and why."""
 
 import os
+import sys
 from collections import Counter
 
 from hypothesis import HealthCheck, settings
@@ -18,10 +19,16 @@ settings.register_profile(
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
 # To hunt: pytest --hypothesis-profile=thorough.
 settings.register_profile("thorough", settings.get_profile("local"), max_examples=1000)
-settings.load_profile("ci" if os.environ.get("CI") else "local")
+# For `make fuzz`: the spoiled files of tests/test_fuzz.py, a few thousand for each format.
+settings.register_profile("fuzz", settings.get_profile("local"), max_examples=2000, database=None)
+chosen = os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "local")
+settings.load_profile(chosen)
 
 
 def pytest_terminal_summary(terminalreporter):
+    if fuzz := sys.modules.get("test_fuzz"):
+        told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(fuzz.COUNTS.items()))
+        terminalreporter.write_line(f"spoiled files: {fuzz.COUNTS.total()} ({told})")
     reports = terminalreporter.stats.get("skipped", [])
     if not reports:
         return

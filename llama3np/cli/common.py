@@ -30,6 +30,11 @@ def load_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", metavar="cpu", help="where to compute")
     parser.add_argument("--dtype", default="float32", choices=PROFILES, help="precision profile")
     parser.add_argument("--max-seq-len", type=int, metavar="N", help="prompt + new tokens at most")
+    rope_argument(parser)
+
+
+def rope_argument(parser: argparse.ArgumentParser) -> None:
+    """What the files of a Meta directory do not tell."""
     parser.add_argument(
         "--rope-factor",
         type=float,
@@ -73,14 +78,14 @@ def chat_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat-format", choices=FORMATS, help="in place of the model's own")
 
 
-def model_facts(model: str) -> Inspection:
+def model_facts(model: str, rope_factor: float | None = None) -> Inspection:
     """What MODEL is, weights unread: a path, an installed model, or a preset, which has no files.
 
     A path that exists wins over a preset's name. Raises InputError if it is none of them.
     """
     path = resolve(model)
     if path.exists() or os.sep in model:
-        return inspect(path)
+        return inspect(path, rope_factor)
     if model not in PRESETS:
         known = ", ".join(PRESETS)
         raise InputError(f"{model}: expected a path, {' or '.join(MODELS)}, or one of {known}")

@@ -22,11 +22,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("--dtype", default="float32", choices=PROFILES, help="precision profile")
     parser.add_argument("--max-seq-len", type=int, metavar="N", help="prompt + new tokens at most")
+    common.rope_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Look, describe, print. No weight is read."""
-    found = common.model_facts(args.model)
+    found = common.model_facts(args.model, args.rope_factor)
     facts = describe(found, args.dtype, args.max_seq_len)
     if args.json:
         print(json.dumps(facts))

@@ -71,17 +71,20 @@ def load_checkpoint(
     return _LOADERS[kind](Path(path), progress)
 
 
-def inspect(path: str | Path) -> Inspection:
+def inspect(path: str | Path, rope_factor: float | None = None) -> Inspection:
     """Look at the model at `path`: a second at most, however large it is.
 
     Headers, settings and the tokenizer are read, and every tensor is checked against the table of
     shapes; weights are neither read nor decoded. A tokenizer that cannot be used is told in the
-    result, not raised. Raises InputError for all else that load_checkpoint would refuse.
+    result, not raised. rope_factor is as in load_checkpoint. Raises InputError for all else that
+    load_checkpoint would refuse.
     """
     path = Path(path)
     special = {"gguf": inspection.of_gguf, "huggingface": inspection.of_huggingface}
-    of = special.get(detect(path))
-    return of(path) if of else inspection.of_checkpoint(load_checkpoint(path))
+    of = special.get(detect(path)) if rope_factor is None else None
+    if of is not None:
+        return of(path)
+    return inspection.of_checkpoint(load_checkpoint(path, rope_factor=rope_factor))
 
 
 def detect(path: str | Path) -> str:

@@ -55,13 +55,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object. Raises CheckpointError if it does not."""
     refuse_special(path)
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_JSON + 1)
+        if (size := path.stat().st_size) > MAX_JSON:
+            raise CheckpointError(f"{path}: expected at most {MAX_JSON} bytes, found {size}")
+        return parse_json(path.read_bytes(), str(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(text) > MAX_JSON:
-        raise CheckpointError(f"{path}: expected at most {MAX_JSON} bytes, found more")
-    return parse_json(text, str(path))
 
 
 def parse_json(text: bytes, source: str) -> dict[str, Any]:

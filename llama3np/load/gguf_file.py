@@ -24,6 +24,10 @@ from llama3np.load.lazy import Lazy, Progress, Rows, told, write_tensor
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
+# As Python objects, metadata take about ten times their bytes, so there is an end to them. The
+# largest vocabularies have half a million merges; a model of 126 layers has 1,137 tensors.
+MAX_VALUES = 1 << 21
+MAX_ENTRIES = 1 << 16
 
 # The number of a value's type -> its struct code. 8 is a string and 9 an array.
 _CODES = "BbHhIif?saQqd"
@@ -85,6 +89,7 @@ class _Cursor:
 
     def __init__(self, data: mmap.mmap, source: Path):
         self.data, self.source, self.at = data, source, 0
+        self.values = 0  # read so far
 
     def fail(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.source}: {what}")
@@ -93,6 +98,17 @@ class _Cursor:
         left = len(self.data) - self.at
         if nbytes > left:
             raise self.fail(f"{what}: expected {nbytes} more bytes, found {left} (cut short?)")
+
+    def count(self, values: int, what: str) -> None:
+        self.values += values
+        if self.values > MAX_VALUES:
+            raise self.fail(f"{what}: expected at most {MAX_VALUES} values in all, found more")
+
+    def entries(self, count: int, least: int, what: str) -> None:
+        """Check that there may be `count` entries of at least so many bytes."""
+        self.need(count * least, f"{count} {what}")
+        if count > MAX_ENTRIES:
+            raise self.fail(f"expected at most {MAX_ENTRIES} {what}, found {count}")
 
     def scalar(self, code: struct.Struct, what: str) -> Any:
         self.need(code.size, what)
@@ -103,6 +119,7 @@ class _Cursor:
     def strings(self, count: int, what: str) -> list[str]:
         """`count` strings, each 8 bytes of length and UTF-8: one tight loop, for vocabularies."""
         self.need(8 * count, what)
+        self.count(count, what)
         data, size, start, found = self.data, len(self.data), self.at, []
         length_at = _U64.unpack_from
         try:
@@ -126,6 +143,7 @@ class _Cursor:
 
     def numbers(self, code: struct.Struct, count: int, what: str) -> list[Any]:
         self.need(code.size * count, what)
+        self.count(count, what)
         values = np.frombuffer(self.data, code.format, count, self.at)
         self.at += code.size * count
         if values.dtype == np.float32:
@@ -167,7 +185,7 @@ def _version(cursor: _Cursor) -> int:
 
 
 def _metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
-    cursor.need(count * 13, f"{count} metadata pairs")  # key length, type, one byte of value
+    cursor.entries(count, 13, "metadata pairs")  # key length, type, one byte of value
     metadata: dict[str, Any] = {}
     for i in range(count):
         key = cursor.string(f"metadata key {i}")
@@ -208,7 +226,7 @@ def _alignment(metadata: Mapping[str, Any], path: Path) -> int:
 
 
 def _tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, TensorInfo]:
-    cursor.need(count * 32, f"{count} tensor infos")  # name length, dims, one dim, type, offset
+    cursor.entries(count, 32, "tensor infos")  # name length, dims, one dim, type, offset
     relative: dict[str, TensorInfo] = {}
     for i in range(count):
         name = cursor.string(f"the name of tensor {i}")

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +35,7 @@ class Opened(NamedTuple):
     config: Config
     tensors: dict[str, np.ndarray]  # by our names, mapped, in the dtype of the file
     layout: str  # "Hugging Face directory, 4 safetensors files, bf16"
-    stop_ids: tuple[int, ...]  # empty if the files declare none: the tokenizer's are meant then
+    stop_ids: tuple[int, ...]  # those that the settings declare; the tokenizer's count too
     sampling: Sampling
 
 
@@ -44,9 +45,14 @@ def load(directory: Path, progress: Progress | None = None) -> Checkpoint:
     ours = opened.tensors
     report(progress, {name: w.nbytes for name, w in ours.items()}, ours)
     tokenizer = tokenizer_of(directory)
-    stop_ids = opened.stop_ids or (tuple(tokenizer.stop_ids) if tokenizer else ())
     params = assemble(ours, opened.config)
+    stop_ids = with_tokenizers(opened.stop_ids, tokenizer)
     return Checkpoint(opened.config, params, tokenizer, opened.layout, stop_ids, opened.sampling)
+
+
+def with_tokenizers(declared: tuple[int, ...], tokenizer: Any) -> tuple[int, ...]:
+    """Both: settings that declare one end must not keep a dialog from stopping at the other."""
+    return tuple(dict.fromkeys([*declared, *(tokenizer.stop_ids if tokenizer else ())]))
 
 
 def open_directory(directory: Path) -> Opened:
@@ -137,7 +143,7 @@ def _stop_ids(sources: Mapping[Path, Mapping[str, Any]]) -> tuple[int, ...]:
         found = values.get("eos_token_id")
         ids = found if isinstance(found, list) else [found]
         if found is not None and not all(type(i) is int and i >= 0 for i in ids):
-            raise CheckpointError(f"{path}: eos_token_id: expected ids, found {found!r}")
+            raise CheckpointError(f"{path}: eos_token_id: expected ids, found {short(found)}")
         if found is not None:
             return tuple(ids)
     return ()

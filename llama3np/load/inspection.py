@@ -48,7 +48,7 @@ def of_huggingface(path: Path) -> Inspection:
     """What a Hugging Face directory is, by its settings and the headers of its tensors."""
     opened = huggingface.open_directory(path)
     tokenizer, problem = _tried(lambda: huggingface.tokenizer_of(path))
-    stop_ids = opened.stop_ids or (tuple(tokenizer.stop_ids) if tokenizer else ())
+    stop_ids = huggingface.with_tokenizers(opened.stop_ids, tokenizer)
     return Inspection(
         opened.config,
         opened.layout,

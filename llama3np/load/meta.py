@@ -266,7 +266,7 @@ def _ffn_settings(dim: int, ffn_dim: int) -> tuple[float | None, int]:
 
     Half a row more than the quotient cannot be truncated to a row less.
     """
-    usual = ((None, 256), (1.3, 4096), (1.3, 1024), (1.2, 4096), (1.5, 256))
+    usual = ((None, 256), (1.5, 256), (1.3, 4096), (1.3, 1024), (1.2, 4096))
     for multiplier, multiple_of in usual:
         if meta_ffn_dim(dim, multiplier or 1.0, multiple_of) == ffn_dim:
             return multiplier, multiple_of

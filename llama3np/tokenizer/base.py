@@ -9,6 +9,8 @@ from pathlib import Path
 
 from llama3np.errors import CheckpointError, InputError
 
+MAX_BYTES = 1 << 25  # of a tokenizer's file; Llama 3's tokenizer.json, a long one, has 17 MB
+
 # Control tokens that end a generation: Llama 3's (Meta llama/tokenizer.py:91 and, for <|eom_id|>,
 # llama-models tokenizer.py), then those of ChatML models.
 STOP_NAMES = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<|endoftext|>")
@@ -26,6 +28,8 @@ def read_bytes(path: str | Path) -> bytes:
         path = Path(path)
         if path.exists() and not path.is_file():  # a pipe or a device has no end
             raise CheckpointError(f"{path}: cannot be read (no regular file)")
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise CheckpointError(f"{path}: expected at most {MAX_BYTES} bytes, found {size}")
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None

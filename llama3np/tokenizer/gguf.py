@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from math import isfinite
 from numbers import Integral, Real
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
@@ -155,7 +156,7 @@ class _Keys:
     def one_of(self, name: str, known: tuple[str, ...]) -> str:
         value = self.get(name, str)
         if value not in known:
-            raise self._wrong(name, " or ".join(known), repr(value))
+            raise self._wrong(name, " or ".join(known), short(value))
         return value
 
     def id(self, name: str, n_vocab: int) -> int | None:
@@ -164,7 +165,7 @@ class _Keys:
         if value is None:
             return None
         if not isinstance(value, Integral) or not 0 <= int(value) < n_vocab:
-            raise self._wrong(name, f"an id of {n_vocab} tokens", repr(value))
+            raise self._wrong(name, f"an id of {n_vocab} tokens", short(value))
         return int(value)
 
     def flag(self, name: str, default: bool) -> bool:
