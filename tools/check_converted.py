@@ -7,7 +7,8 @@
 GGUF -> Hugging Face float32: transformers loads it, and its logits are ours but for rounding; its
 tokenizer gives our ids. That -> GGUF f16 and q8_0: llama.cpp loads each, and its greedy text is
 ours. GGUF -> GGUF: its text is the same with both; it need not be ours, because llama.cpp rounds
-activations to 8 bits where it multiplies blocks of 4. A peer that is not installed is said to be absent, not passed.
+activations to 8 bits where it multiplies blocks of 4. A peer that is not installed is said to be
+absent, not passed.
 """
 
 from __future__ import annotations
