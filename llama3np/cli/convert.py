@@ -21,12 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--shard-size", metavar="5GB", help="the most bytes of a safetensors file")
     parser.add_argument("--mp", type=int, metavar="M", help="the number of Meta's shards")
-    parser.add_argument(
-        "--rope-factor",
-        type=float,
-        metavar="F",
-        help="RoPE scaling of a Meta directory with use_scaled_rope, which tells no factor",
-    )
+    common.rope_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
