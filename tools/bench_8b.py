@@ -113,12 +113,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("layouts", nargs="*", help="hf and meta, or one of them")
+    parser.add_argument("layouts", nargs="*", help="hf and meta (the default), or one of them")
     parser.add_argument("--measure", metavar="PATH", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args.measure)))
         return
+    wrong = set(args.layouts) - {"hf", "meta"}
+    if args.folder is None or wrong:
+        parser.error(f"expected FOLDER and layouts of hf and meta, found {sorted(wrong)}")
     figures, (load, *_) = {}, os.getloadavg()
     for layout in args.layouts or ("hf", "meta"):
         path = args.folder / layout
