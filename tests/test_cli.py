@@ -12,7 +12,9 @@ import numpy as np
 import paths
 import pytest
 
+from llama3np.cli.common import Timed
 from llama3np.config import Config
+from llama3np.llm import Step
 from llama3np.load import save_hf
 from llama3np.params import random
 
@@ -343,3 +345,41 @@ def test_debug_shows_where(tmp_path):
     run = llama3np("generate", tmp_path / "none.gguf", "Hi", "--debug")
     assert run.returncode == 2
     assert "Traceback" in run.stderr
+
+
+def test_a_fault_of_ours_exits_1_in_one_line(tmp_path):
+    """Not 2, which means that the user can mend it."""
+    code = (
+        "import sys; import llama3np.cli.generate as command; from llama3np.cli import main\n"
+        "def run(args): raise RuntimeError('two\\nlines')\n"
+        "command.run = run; sys.exit(main())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, "generate", "m", "Hi"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert run.stderr == "llama3np: RuntimeError: two lines (--debug shows where)\n"
+
+
+def test_a_path_that_exists_wins_over_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2").touch()
+    assert "empty" in refused("info", "smollm2")
+
+
+def test_prefill_ends_with_the_first_token():
+    def steps(before_first, before_second):
+        time.sleep(before_first)
+        yield Step(1, "", None, None)
+        time.sleep(before_second)
+        yield Step(2, "", None, "length")
+
+    for pauses, slow in (((0.2, 0), "prefill_s"), ((0, 0.2), "decode_s")):
+        timed = Timed(steps(*pauses))
+        assert len(list(timed)) == 2
+        timings = timed.result([1, 2, 3], 0)["timings"]
+        assert timings[slow] >= 0.2
+        assert (timings["prefill_tokens"], timings["decode_tokens"]) == (3, 1)

@@ -315,3 +315,10 @@ def test_a_text_that_continues_a_cache_gets_no_second_bos():
     assert cache.lengths_B.tolist() == [3]
     next(llm.stream("ab", 1, cache=cache))
     assert cache.lengths_B.tolist() == [5]
+
+
+@given(models(), st.integers(1, 6))
+def test_the_stop_id_has_no_text(model, count):
+    llm = llama(model, tokenizer=FewerTokens(), stop_ids=range(model.config.vocab_size))
+    (completion,) = llm.generate([0], count)
+    assert (len(completion.ids), completion.text) == (1, ".")

@@ -8,7 +8,9 @@ own, after its files were read once, and the table is printed in Markdown.
 
 Open to ready is llama3np.load, tokenizer included; the import before it is not. RssAnon is memory
 that only this process has, VmRSS less what is mapped from files; its peak is looked up every 50 ms.
-Page cache is what of the files is mapped and resident (RssFile). Decoding is greedy.
+Page cache is what of the files is mapped and resident (RssFile). Decoding is greedy. The speeds
+mean something on an idle machine only: with a second process on its cores, BLAS threads wait for
+one another at every chunk of weights, and decoding was seen to take ten times as long.
 """
 
 from __future__ import annotations
@@ -117,7 +119,7 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measure(args.measure)))
         return
-    figures = {}
+    figures, (load, *_) = {}, os.getloadavg()
     for layout in args.layouts or ("hf", "meta"):
         path = args.folder / layout
         if not path.exists():
@@ -127,7 +129,8 @@ def main() -> None:
         warm(path)
         figures[layout] = in_a_process(path)
     print(table(figures))
-    print(f"\n{os.cpu_count()} cores, Python {sys.version.split()[0]}")
+    python = sys.version.split()[0]
+    print(f"\n{os.cpu_count()} cores, Python {python}, load average {load:.1f} at the beginning")
 
 
 if __name__ == "__main__":

@@ -113,15 +113,15 @@ def load_model(args: argparse.Namespace) -> tuple[Llama, float]:
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Any]:
-    """Yield progress(done, total, name) for `load`: a bar on a terminal, None into a pipe."""
+def progress_bar(doing: str = "loading") -> Iterator[Any]:
+    """Yield progress(done, total, name): a bar on a terminal, None into a pipe."""
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[n]}"))
+    columns = (TextColumn(doing), BarColumn(), DownloadColumn(), TextColumn("{task.fields[n]}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", n="")
         yield lambda done, total, name: bar.update(task, completed=done, total=total, n=name)

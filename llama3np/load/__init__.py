@@ -7,6 +7,7 @@
 | llama2c.py     | .bin files of llama2.c                                                      |
 | inspection.py  | what a checkpoint is, of any format, without reading its weights            |
 | meta.py        | a directory with params.json and consolidated.NN.pth, over pth.py           |
+| convert.py      | one format into another, over opened.py, carry.py and quantize.py           |
 | names.py       | the one table of tensor names, and the order of the rows of wq and wk       |
 """
 
@@ -16,12 +17,13 @@ from pathlib import Path
 
 from llama3np.errors import CheckpointError, InputError
 from llama3np.load import gguf, huggingface, inspection, llama2c, meta
-from llama3np.load.checkpoint import Checkpoint, Progress
+from llama3np.load.checkpoint import Checkpoint
 from llama3np.load.files import refuse_special
 from llama3np.load.gguf import save_gguf
 from llama3np.load.huggingface import save_hf
 from llama3np.load.inspection import Inspection, Stored
 from llama3np.load.installed import MODELS
+from llama3np.load.lazy import Progress
 from llama3np.load.llama2c import save_llama2c
 from llama3np.load.meta import save_meta
 from llama3np.load.pth import save_pth

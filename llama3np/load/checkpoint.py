@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from llama3np.config import Config
+from llama3np.load.lazy import Progress
 from llama3np.params import Params, Weight, check, from_named
 from llama3np.sample import GREEDY, Sampling
-
-# progress(done_bytes, total_bytes, tensor_name), called once for each tensor
-Progress = Callable[[int, int, str], None]
 
 # The dtypes a weight may have as a plain array, by their short names.
 DTYPES = {

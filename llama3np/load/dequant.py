@@ -210,6 +210,14 @@ def start_decoding(
     ]
 
 
+def decode(type_name: str, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Decode bytes as start_decoding does, at once."""
+    form = FORMATS[type_name]
+    weights = np.empty(shape, np.float32)
+    _decode(form, stored.reshape(-1, form.nbytes), weights.reshape(-1, form.weights))
+    return weights
+
+
 def _decode(form: Format, blocks_RC: np.ndarray, out_RW: np.ndarray) -> None:
     with np.errstate(all="ignore"):  # a scale that is inf or nan decodes to what it decodes to
         form.decode(blocks_RC, out_RW)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,31 +94,55 @@ def refuse_existing(path: Path) -> None:
 def new_directory(directory: Path) -> Iterator[Path]:
     """Yield a temporary directory, renamed to this one if the block ends well, else removed.
 
-    Raises InputError if there is anything at `directory` but an empty directory.
+    Raises InputError if there is anything at `directory` but an empty directory, and for whatever
+    the system refuses within the block: a full disk, for example.
     """
-    if directory.is_dir() and not any(directory.iterdir()):
-        directory.rmdir()
-    refuse_existing(directory)
-    temporary = directory.with_name(directory.name + ".partial")
-    try:
-        temporary.mkdir(parents=True)
+    if not _is_empty(directory):
+        refuse_existing(directory)
+    with _removed_on_failure(directory) as temporary:
+        temporary.mkdir()
         yield temporary
+        if _is_empty(directory):
+            directory.rmdir()
+        refuse_existing(directory)
         temporary.rename(directory)
-    except OSError as error:
-        raise InputError(f"{directory}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_empty(directory: Path) -> bool:
+    return directory.is_dir() and not any(directory.iterdir())
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`, renamed to it if the block ends well, else removed."""
+    """Yield a temporary name beside `path`, renamed to it if the block ends well, else removed.
+
+    Raises InputError as new_directory does.
+    """
     refuse_existing(path)
-    temporary = path.with_name(path.name + ".partial")
-    try:
+    with _removed_on_failure(path) as temporary:
         yield temporary
+        refuse_existing(path)
         temporary.rename(path)
+
+
+@contextmanager
+def _removed_on_failure(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path` that nobody else has; what bears it at the end is removed.
+
+    Directories above that do not exist are made, and removed as well if nothing came into them.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
+    absent = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        for parent in absent:
+            with suppress(OSError):  # not empty
+                parent.rmdir()

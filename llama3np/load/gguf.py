@@ -13,6 +13,7 @@ import numpy as np
 
 from llama3np.config import Config, from_gguf, scaling_from_divisors
 from llama3np.errors import CheckpointError, InputError
+from llama3np.kernels import unstored
 from llama3np.load import names
 from llama3np.load.checkpoint import Checkpoint, Progress, assemble, report
 from llama3np.load.dequant import FORMATS, start_decoding
@@ -149,13 +150,16 @@ def save_gguf(
     config: Config,
     params: Params,
     extra_metadata: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write a model as GGUF, each weight in its own dtype, q and k rows interleaved.
+
+    params may have any weights that gguf_file.write takes, if their rows need no other order.
 
     Raises InputError for a RoPE scaling that GGUF's divisors cannot express, and if there is
     something at `path`.
     """
-    config, params = names.with_pairing(config, params, "interleaved")
+    config, params = names.with_pairing(config, unstored(params), "interleaved")
     ours = named(params, config.tied)
     tensors = {names.foreign(name, "gguf"): w for name, w in ours.items()}
     if (scaling := config.rope_scaling) is not None and scaling.factor != 1:
@@ -164,7 +168,7 @@ def save_gguf(
         if scaling_from_divisors(divisors_P, theta, head_dim, scaling.old_context) != scaling:
             raise InputError(f"{path}: GGUF's RoPE divisors do not determine {scaling}")
         tensors[names.GGUF_ROPE_DIVISORS] = divisors_P
-    write(path, _settings(config) | dict(extra_metadata or {}), tensors)
+    write(path, _settings(config) | dict(extra_metadata or {}), tensors, progress=progress)
 
 
 def _settings(config: Config) -> dict[str, Any]:

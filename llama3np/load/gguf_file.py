@@ -19,7 +19,7 @@ import numpy as np
 from llama3np.errors import CheckpointError, InputError
 from llama3np.load.dequant import FORMATS, OTHER_TYPES
 from llama3np.load.files import map_file, new_file, view
-from llama3np.load.lazy import Lazy, write_tensor
+from llama3np.load.lazy import Lazy, Progress, Rows, told, write_tensor
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -72,7 +72,7 @@ class Raw(NamedTuple):
 
     type: str
     shape: tuple[int, ...]
-    blocks: np.ndarray | Lazy  # of any dtype and shape that has those bytes
+    blocks: np.ndarray | Lazy | Rows  # of any dtype and shape that has those bytes
 
 
 def _shortest(value: float) -> float:
@@ -280,12 +280,14 @@ def _check_places(cursor: _Cursor, tensors: Mapping[str, TensorInfo]) -> None:
 def write(
     path: str | Path,
     metadata: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray | Lazy | Raw],
+    tensors: Mapping[str, Any],
     version: int = 3,
+    progress: Progress | None = None,
 ) -> None:
     """Write a GGUF file of float32, float16 or bfloat16 tensors and ready-made blocks.
 
-    One chunk of a Lazy tensor is in memory at a time.
+    tensors: name -> Raw, or what lazy.chunks_of takes; one chunk is in memory at a time, and
+    progress(done, total, name) is told of each.
     Metadata values are bool, int, float, str, or lists of one of these. A number takes the
     smallest of uint32, int32, uint64, int64 that holds it (in a list: of int32, int64), and
     float32 if that keeps its decimal, else float64. Raises InputError for anything else, and if
@@ -302,11 +304,12 @@ def write(
         infos.append(_encoded_info(name, raw, offset))
         offset += -(-raw.blocks.nbytes // alignment) * alignment
     start = struct.pack("<4sIQQ", MAGIC, version, len(raws), len(pairs))
+    (blocks,) = told([{name: raw.blocks for name, raw in raws.items()}], progress)
     with new_file(path) as temporary, temporary.open("wb") as file:
         file.write(b"".join([start, *pairs, *infos]))
-        for name, raw in raws.items():
+        for name, w in blocks.items():
             _pad(file, alignment)
-            write_tensor(file, name, raw.blocks)
+            write_tensor(file, name, w)
         _pad(file, alignment)
 
 
@@ -314,7 +317,7 @@ def _pad(file: BinaryIO, alignment: int) -> None:
     file.write(bytes(-file.tell() % alignment))
 
 
-def _raw(name: str, w: np.ndarray | Lazy) -> Raw:
+def _raw(name: str, w: Any) -> Raw:
     for type_name, form in FORMATS.items():
         if form.dtype is not None and form.dtype == w.dtype:
             return Raw(type_name, w.shape, w)

@@ -13,9 +13,11 @@ import numpy as np
 
 from llama3np.config import Config, from_hf
 from llama3np.errors import CheckpointError, InputError
+from llama3np.kernels import unstored
 from llama3np.load import names, safetensors
 from llama3np.load.checkpoint import Checkpoint, Progress, assemble, dtypes, report
 from llama3np.load.files import new_directory, read_json
+from llama3np.load.lazy import told
 from llama3np.params import Params, named
 from llama3np.sample import GREEDY, Sampling
 
@@ -175,6 +177,7 @@ def save_hf(
     params: Params,
     shard_bytes: int | None = None,
     tokenizer_files: Iterable[str | Path] = (),
+    progress: Progress | None = None,
 ) -> None:
     """Write a directory that this package and transformers read, each weight in its own dtype.
 
@@ -183,9 +186,10 @@ def save_hf(
     whole or not at all; raises InputError if there is one that is not empty.
     """
     directory = Path(directory)
-    config, params = names.with_pairing(config, params, "half")
+    config, params = names.with_pairing(config, unstored(params), "half")
     ours = named(params, config.tied)
-    tensors = {names.foreign(name, "huggingface"): w for name, w in ours.items()}
+    theirs = {names.foreign(name, "huggingface"): w for name, w in ours.items()}
+    (tensors,) = told([theirs], progress)
     with new_directory(directory) as temporary:
         _write_json(temporary / "config.json", _settings(config, params))
         _write_weights(temporary, tensors, shard_bytes)

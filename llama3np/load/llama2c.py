@@ -17,9 +17,11 @@ import numpy as np
 
 from llama3np.config import Config, from_llama2c
 from llama3np.errors import CheckpointError, InputError
+from llama3np.kernels import unstored
 from llama3np.load import names
-from llama3np.load.checkpoint import Checkpoint, Progress, assemble, report
+from llama3np.load.checkpoint import DTYPES, Checkpoint, Progress, assemble, report
 from llama3np.load.files import map_file, new_file, view
+from llama3np.load.lazy import chunks_of
 from llama3np.params import Params, layer_shapes, named, named_shapes
 
 MAGIC = b"24ka"  # the uint32 0x616b3432, "ak42", little endian
@@ -146,9 +148,9 @@ def save_llama2c(path: str | Path, config: Config, params: Params) -> None:
     """Write the legacy layout that llama2.c's run reads; weights are widened to float32.
 
     Raises InputError for what the format has no place for (another theta, epsilon or head size
-    than llama2.c's), and if there is something at `path`.
+    than llama2.c's), for weights of other dtypes, and if there is something at `path`.
     """
-    config, params = names.with_pairing(config, params, "interleaved")
+    config, params = names.with_pairing(config, unstored(params), "interleaved")
     sizes = (config.dim, config.ffn_dim, config.n_layers, config.n_heads, config.n_kv_heads)
     header = (*sizes, config.vocab_size, config.context_length)
     if from_llama2c(header, config.tied, str(path)) != config:
@@ -158,14 +160,20 @@ def save_llama2c(path: str | Path, config: Config, params: Params) -> None:
         )
     sign = 1 if config.tied else -1
     ours = named(params, config.tied)
+    for name, w in ours.items():
+        if w.dtype not in DTYPES.values():
+            raise InputError(
+                f"{path}: tensor {name!r}: expected {', '.join(DTYPES)}, found {w.dtype}"
+            )
     with new_file(Path(path)) as temporary, temporary.open("wb") as file:
         file.write(_LEGACY.pack(*sizes, sign * config.vocab_size, config.context_length))
         for name in _with_head(_LEGACY_ORDER, config.tied):
             for part in _parts(name, ours, config):
-                file.write(part.astype("<f4").tobytes())
+                for chunk in chunks_of(part):
+                    file.write(chunk.astype("<f4").tobytes())
 
 
-def _parts(name: str, ours: dict[str, Any], config: Config) -> list[np.ndarray]:
+def _parts(name: str, ours: dict[str, Any], config: Config) -> list[Any]:
     """What the file holds under one name: a tensor, one tensor for each layer, or a table."""
     if name in ours:
         return [ours[name]]

@@ -11,17 +11,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llama3np.config import LLAMA3_VOCAB, Config, from_meta, meta_ffn_dim
 from llama3np.errors import CheckpointError, InputError
-from llama3np.kernels import Joined
+from llama3np.kernels import Joined, unstored
 from llama3np.load import names, pth
-from llama3np.load.checkpoint import Checkpoint, Progress, assemble, dtypes, report
+from llama3np.load.checkpoint import Checkpoint, assemble, dtypes, report
 from llama3np.load.files import new_directory, read_json
-from llama3np.load.lazy import Lazy
+from llama3np.load.lazy import Lazy, Progress, Rows, told
 from llama3np.params import Params, named
 
 SETTINGS = "params.json"
@@ -54,6 +54,23 @@ def load(
     rope_factor: of `use_scaled_rope`, in place of what config.meta_rope_factor says. Raises
     CheckpointError for all that is wrong.
     """
+    config, tensors, layout = open_directory(directory, rope_factor)
+    report(progress, {name: w.nbytes for name, w in tensors.items()}, tensors)
+    tokenizer = tokenizer_of(directory)
+    stop_ids = tuple(tokenizer.stop_ids) if tokenizer else ()
+    return Checkpoint(config, assemble(tensors, config), tokenizer, layout, stop_ids)
+
+
+class Opened(NamedTuple):
+    """A directory's model with nothing read but its settings and the tables of its tensors."""
+
+    config: Config
+    tensors: dict[str, np.ndarray | Joined]  # by our names, mapped, in the dtype of the files
+    layout: str  # "Meta directory, 8 shards, bf16"
+
+
+def open_directory(directory: Path, rope_factor: float | None = None) -> Opened:
+    """Read the settings and map the tensors, all of them checked. Raises as load does."""
     place = folder(directory) or directory
     files = _shard_files(place)
     shards = [pth.read(file) for file in files]
@@ -63,11 +80,7 @@ def load(
     shapes = {name: _merged_shape(name, shards, config.dim) for name in shards[0]}
     matched = names.matched(shapes, config, "meta", str(place))
     tensors = {o: _merged(theirs, shards, config.dim, place) for o, theirs in matched.items()}
-    report(progress, {name: w.nbytes for name, w in tensors.items()}, tensors)
-    tokenizer = _tokenizer(place)
-    stop_ids = tuple(tokenizer.stop_ids) if tokenizer else ()
-    layout = _layout(len(files), tensors, config)
-    return Checkpoint(config, assemble(tensors, config), tokenizer, layout, stop_ids)
+    return Opened(config, tensors, _layout(len(files), tensors, config))
 
 
 def _shard_files(place: Path) -> list[Path]:
@@ -165,12 +178,20 @@ def _merged(
     return Joined(parts, _axis(name, parts[0], dim))
 
 
-def _tokenizer(place: Path) -> Any:
+def tokenizer_of(directory: Path) -> Any:
+    """The tokenizer of a directory, or None. Raises CheckpointError for one that cannot be used."""
     from llama3np import tokenizer  # not needed for the weights alone
 
-    for directory in (place, place.parent):  # Meta's downloads of Llama 2 have it beside the folder
-        if (directory / "tokenizer.model").exists():
-            return tokenizer.from_tokenizer_model(directory / "tokenizer.model")
+    file = tokenizer_file(directory)
+    return tokenizer.from_tokenizer_model(file) if file else None
+
+
+def tokenizer_file(directory: Path) -> Path | None:
+    """Where a directory's tokenizer.model is, if it has one."""
+    place = folder(directory) or directory
+    for beside in (place, place.parent):  # Meta's downloads of Llama 2 have it beside the folder
+        if (beside / "tokenizer.model").exists():
+            return beside / "tokenizer.model"
     return None
 
 
@@ -185,7 +206,11 @@ def _layout(n_files: int, tensors: Mapping[str, Any], config: Config) -> str:
 
 
 def save_meta(
-    directory: str | Path, config: Config, params: Params, model_parallel: int = 1
+    directory: str | Path,
+    config: Config,
+    params: Params,
+    model_parallel: int = 1,
+    progress: Progress | None = None,
 ) -> None:
     """Write params.json and consolidated.NN.pth, one for each of `model_parallel` ranks.
 
@@ -196,19 +221,19 @@ def save_meta(
     not divide, and if there is a directory that is not empty.
     """
     directory = Path(directory)
-    config, params = names.with_pairing(config, params, "interleaved")
+    config, params = names.with_pairing(config, unstored(params), "interleaved")
     settings = _settings(config, directory)
     _check_divisible(config, model_parallel, directory)
     ours = named(params, config.tied)
     tensors = {names.foreign(name, "meta"): w for name, w in ours.items()}
+    shards = [
+        {name: _slice(w, _cut(name, config), rank, model_parallel) for name, w in tensors.items()}
+        for rank in range(model_parallel)
+    ]
     with new_directory(directory) as temporary:
         text = json.dumps(settings) + "\n"
         (temporary / SETTINGS).write_text(text, encoding="utf-8")
-        for rank in range(model_parallel):
-            shard = {
-                name: _slice(w, _cut(name, config), rank, model_parallel)
-                for name, w in tensors.items()
-            }
+        for rank, shard in enumerate(told(shards, progress)):
             pth.save_pth(temporary / f"consolidated.{rank:02}.pth", shard)
 
 
@@ -272,4 +297,8 @@ def _slice(w: Any, axis: int, rank: int, n: int) -> Any:
     place = slice(rank * step, (rank + 1) * step)
     part = (place,) if axis == 0 else (slice(None), place)
     shape = tuple(step if i == axis else size for i, size in enumerate(w.shape))
-    return Lazy(shape, w.dtype, lambda: iter((np.asarray(w)[part],)))
+    if isinstance(w, Lazy):
+        return Lazy(shape, w.dtype, lambda: iter((np.asarray(w)[part],)))
+    if axis == 0:
+        return Rows(shape, w.dtype, lambda start, stop: w[place][start:stop])
+    return Rows(shape, w.dtype, lambda start, stop: w[start:stop][part])

@@ -6,14 +6,15 @@ No other module knows a foreign tensor name. Ours are those of params.named_shap
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llama3np.config import PAIRINGS, Config
 from llama3np.errors import CheckpointError, InputError
+from llama3np.load.lazy import Rows
 from llama3np.params import Params, named_shapes
 
 Shape = tuple[int, ...]
@@ -135,3 +136,18 @@ def with_pairing(config: Config, params: Params, pairing: str) -> tuple[Config, 
         for layer in params.layers
     )
     return replace(config, rope_pairing=pairing), params._replace(layers=layers)
+
+
+def turned(w: Any, n_heads: int, reorder: Callable[[np.ndarray, int], np.ndarray]) -> Rows:
+    """The matrix wq or wk with its rows in the other order, made as they are asked for.
+
+    reorder: to_half or to_interleaved. Both stay within a head: whole heads are read.
+    """
+    head_dim = w.shape[0] // n_heads
+
+    def make(start: int, stop: int) -> np.ndarray:
+        first, last = start // head_dim, -(-stop // head_dim)
+        heads = reorder(np.asarray(w[first * head_dim : last * head_dim]), last - first)
+        return heads[start - first * head_dim : stop - first * head_dim]
+
+    return Rows(tuple(w.shape), w.dtype, make)

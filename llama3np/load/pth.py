@@ -22,7 +22,7 @@ from llama3np.errors import CheckpointError, InputError
 from llama3np.load import pickled, zipped
 from llama3np.load.checkpoint import DTYPES
 from llama3np.load.files import map_file, new_file
-from llama3np.load.lazy import Lazy, write_tensor
+from llama3np.load.lazy import write_tensor
 from llama3np.load.pickled import Tensor
 from llama3np.load.zipped import Member
 
@@ -132,9 +132,8 @@ def _counts(values: Any) -> bool:
 def save_pth(path: str | Path, tensors: Mapping[str, Any]) -> None:
     """Write a file that torch.load opens, float32, float16 and bfloat16 tensors as they are.
 
-    tensors: name -> array, Lazy, or anything with dtype, shape and nbytes that np.asarray takes;
-    one tensor, of a Lazy one chunk, is in memory at a time. Each has a storage of its own. Raises
-    InputError for other dtypes, and if there is something at `path`.
+    tensors: name -> what lazy.chunks_of takes; one chunk is in memory at a time. Each has a
+    storage of its own. Raises InputError for other dtypes, and if there is something at `path`.
     """
     wrong = [name for name, w in tensors.items() if w.dtype not in _KIND_OF]
     if wrong:
@@ -153,7 +152,7 @@ def save_pth(path: str | Path, tensors: Mapping[str, Any]) -> None:
                 member.write(content)
         for key, (name, w) in enumerate(tensors.items()):
             with zipped.new_member(archive, file, f"archive/data/{key}", w.nbytes) as member:
-                write_tensor(member, name, w if isinstance(w, Lazy) else np.asarray(w))
+                write_tensor(member, name, w)
 
 
 def _pickle(tensors: Mapping[str, Any]) -> bytes:

@@ -20,7 +20,7 @@ import numpy as np
 from llama3np.errors import CheckpointError, InputError
 from llama3np.load.checkpoint import DTYPES
 from llama3np.load.files import MAX_JSON, map_file, new_file, parse_json, view
-from llama3np.load.lazy import Lazy, write_tensor
+from llama3np.load.lazy import write_tensor
 
 SUPPORTED = {name.upper(): dtype for name, dtype in DTYPES.items()}
 
@@ -114,11 +114,13 @@ def _check_places(entries: Mapping[str, _Entry], size: int, path: Path) -> None:
         )
 
 
-def write(path: Path, tensors: Mapping[str, np.ndarray | Lazy]) -> None:
+def write(path: Path, tensors: Mapping[str, Any]) -> None:
     """Write float32, float16 or bfloat16 tensors to a new file, one chunk in memory at a time.
 
+    tensors: name -> what lazy.chunks_of takes.
     They stand in the order given, but for those of more bytes a number, which come first: so each
-    lies aligned, as the library lays them out. Raises InputError if there is something at `path`.
+    lies aligned, as the library lays them out. Raises InputError for other dtypes, and if there is
+    something at `path`.
     """
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     with new_file(path) as temporary, temporary.open("wb") as file:
@@ -127,7 +129,7 @@ def write(path: Path, tensors: Mapping[str, np.ndarray | Lazy]) -> None:
             write_tensor(file, name, w)
 
 
-def _encoded_header(tensors: Mapping[str, np.ndarray | Lazy], path: Path) -> bytes:
+def _encoded_header(tensors: Mapping[str, Any], path: Path) -> bytes:
     """The length and the header; spaces fill it up so that the data begin at a multiple of 8."""
     code_of = {dtype: code for code, dtype in SUPPORTED.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it

@@ -61,7 +61,7 @@ class BytePairTokenizer(Tokenizer):
         super().__init__(pieces, **known)
         ranks = {piece: id for id, piece in enumerate(pieces) if piece}
         self._missing = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
-        self._pattern = pre.pattern
+        self.pre, self._pattern = pre, pre.pattern
         self._bpe = tiktoken.Encoding(
             pre.name, pat_str=pre.pattern, mergeable_ranks=ranks, special_tokens={}
         )

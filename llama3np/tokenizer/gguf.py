@@ -18,7 +18,7 @@ from llama3np.tokenizer.llama3 import BEGIN_OF_TEXT
 from llama3np.tokenizer.pieces import PieceTokenizer, by_score, table
 
 _PREFIX = "tokenizer.ggml."
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # gguf TokenType
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # gguf TokenType
 _PRE = {"llama-bpe": LLAMA3, "smollm": SMOLLM}
 _WHOLE_PIECE = {"llama-bpe"}  # llama.cpp src/llama-vocab.cpp sets ignore_merges, and BOS, for it
 
@@ -39,8 +39,8 @@ def _byte_level(keys: _Keys) -> Tokenizer:
     """The model "gpt2": byte-level pieces and a list of merges."""
     pre = keys.one_of("pre", tuple(_PRE))
     texts = keys.texts("tokens")
-    kinds = _kinds(keys, texts, (_NORMAL, _CONTROL, _UNUSED))
-    specials = {text: id for id, text in enumerate(texts) if kinds[id] != _NORMAL}
+    kinds = _kinds(keys, texts, (NORMAL, CONTROL, UNUSED))
+    specials = {text: id for id, text in enumerate(texts) if kinds[id] != NORMAL}
     bos_id = keys.id("bos_token_id", len(texts))
     bos_id = specials.get(BEGIN_OF_TEXT) if bos_id is None else bos_id
     vocab = Vocabulary(
@@ -62,10 +62,10 @@ def _scored(keys: _Keys) -> Tokenizer:
     """
     keys.refuse_charsmap()
     texts = keys.texts("tokens")
-    kinds = _kinds(keys, texts, (_NORMAL, _UNKNOWN, _CONTROL, _UNUSED, _BYTE))
+    kinds = _kinds(keys, texts, (NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE))
     scores = _scores(keys, len(texts))
-    special_ids = [id for id, kind in enumerate(kinds) if kind not in (_NORMAL, _BYTE)]
-    byte_ids = [id for id, kind in enumerate(kinds) if kind == _BYTE]
+    special_ids = [id for id, kind in enumerate(kinds) if kind not in (NORMAL, BYTE)]
+    byte_ids = [id for id, kind in enumerate(kinds) if kind == BYTE]
     tokens = table(texts, byte_ids, special_ids, keys.source)
     bos_id = keys.id("bos_token_id", len(texts))
     return PieceTokenizer(

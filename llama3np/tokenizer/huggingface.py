@@ -34,10 +34,10 @@ _PREPEND = {
     ],
 }
 _METASPACE = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
-_PRE = (
-    (LLAMA3, [_SPLIT, {**_BYTES, "use_regex": False}]),
-    (SMOLLM, [_DIGITS, {**_BYTES, "use_regex": True}]),
-)
+PRE_TOKENIZERS: dict[PreTokenizer, list[dict[str, Any]]] = {
+    LLAMA3: [_SPLIT, {**_BYTES, "use_regex": False}],
+    SMOLLM: [_DIGITS, {**_BYTES, "use_regex": True}],
+}
 
 
 def from_tokenizer_json(path: str | Path) -> Tokenizer:
@@ -167,7 +167,7 @@ def _prefix(file: _Node) -> str:
 def _pre_tokenizer(file: _Node) -> PreTokenizer:
     found = file.value.get("pre_tokenizer")
     steps = found.get("pretokenizers") if isinstance(found, dict) else None
-    for pre, wanted in _PRE:
+    for pre, wanted in PRE_TOKENIZERS.items():
         if isinstance(steps, list) and list(map(_without_offsets, steps)) == wanted:
             return pre
     raise CheckpointError(
