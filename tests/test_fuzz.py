@@ -21,6 +21,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import test_pieces
 import torches
 import vocabularies
 from hypothesis import given
@@ -32,7 +33,7 @@ import llama3np.params
 from llama3np import tokenizer
 from llama3np.config import Config, RopeScaling
 from llama3np.errors import CheckpointError
-from llama3np.load import load_checkpoint, save_gguf, save_hf, save_llama2c, save_meta
+from llama3np.load import inspect, load_checkpoint, save_gguf, save_hf, save_llama2c, save_meta
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 PLAIN = Config(dim=8, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=2, ffn_dim=6, vocab_size=6)
@@ -66,6 +67,25 @@ def gguf(folder):
     metadata = {key: np.asarray(v).tolist() for key, v in with_().items()}
     save_gguf(folder / "x.gguf", config, params(config, BF16), metadata)
     return folder / "x.gguf"
+
+
+def gguf_of_pieces(folder):
+    metadata = test_pieces.metadata(test_pieces.library())
+    config = replace(PLAIN, vocab_size=len(test_pieces.library()))
+    save_gguf(folder / "x.gguf", config, params(config), metadata)
+    return folder / "x.gguf"
+
+
+def json_of_pieces(folder):
+    file = test_pieces.tokenizer_json(test_pieces.library())
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    return folder / "tokenizer.json"
+
+
+def sentencepiece(folder):
+    (folder / "tokenizer.model").write_bytes(test_pieces.model())
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    return folder / "tokenizer.model"
 
 
 def llama2c(folder):
@@ -111,6 +131,9 @@ def scaled(folder):
 def read_model(path):
     checkpoint = load_checkpoint(path)
     llama3np.params.check(checkpoint.params, checkpoint.config)
+    inspect(path)
+    if checkpoint.tokenizer:
+        checkpoint.tokenizer.encode("a b")
     for w in llama3np.params.named(checkpoint.params, checkpoint.config.tied).values():
         assert len(np.asarray(w[0:1] if w.ndim == 2 else w).tobytes()) > 0
 
@@ -119,8 +142,12 @@ def read_pieces(path):
     tokenizer.from_llama2c(path).encode("a b")
 
 
-def read_ranks(path):
+def read_tokenizer_model(path):
     tokenizer.from_tokenizer_model(path).encode("a b")
+
+
+def read_tokenizer_json(path):
+    tokenizer.from_tokenizer_json(path).encode("a b")
 
 
 FORMATS = {
@@ -132,10 +159,11 @@ FORMATS = {
     "llama2c_1": (llama2c_1, read_model),
     "meta": (meta, read_model),
     "meta_shards": (meta_shards, read_model),
+    "gguf_of_pieces": (gguf_of_pieces, read_model),
     "llama2c_tokenizer": (pieces, read_pieces),
-    "rank_tokenizer": (ranks, read_ranks),
+    "json_of_pieces": (json_of_pieces, read_tokenizer_json),
+    "sentencepiece": (sentencepiece, read_tokenizer_model),
 }
-SLOW = ("rank_tokenizer",)  # 128,000 lines
 
 
 # ---- what is done to it ------------------------------------------------------------------------
@@ -347,7 +375,7 @@ def read_or_refuse(read, path):
         assert "\n" not in told.split("found something else")[0]
 
 
-@pytest.fixture(scope="module", params=[name for name in FORMATS if name not in SLOW])
+@pytest.fixture(scope="module", params=FORMATS)
 def intact(request, tmp_path_factory):
     """(a folder with an intact checkpoint, its path in there, what reads it)."""
     folder = tmp_path_factory.mktemp("intact") / request.param
@@ -387,7 +415,7 @@ def test_a_spoiled_rank_file_is_read_or_is_a_checkpoint_error(rank_file, data):
     path.write_bytes(data.draw(st.sampled_from(BYTES))(content, data.draw))
     told = None
     try:
-        read_ranks(path)
+        read_tokenizer_model(path)
     except CheckpointError as error:
         told = str(error)
     COUNTS["refused" if told else "loaded"] += 1
