@@ -327,7 +327,8 @@ def test_rows_without_a_token_get_one_in_gguf(smollm2):
 
 
 def test_meta_has_no_place_for_another_vocabulary(smollm2, tmp_path):
-    (told,) = convert(smollm2 / "x.gguf", tmp_path / "meta", "meta")
+    told, context = convert(smollm2 / "x.gguf", tmp_path / "meta", "meta")
+    assert context == "the context length is not kept: 2048 became 4096"
     assert "tokenizer is left out" in told
     assert "Llama 3's" in told
     assert load_checkpoint(tmp_path / "meta").tokenizer is None
@@ -458,8 +459,11 @@ def test_a_limit_on_file_size_leaves_nothing_behind(source, tmp_path, out):
     assert inside(tmp_path) == ["source"]
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("out", OUTS)
-def test_ctrl_c_leaves_nothing_behind(tmp_path, out):
+def test_ctrl_c_a_kill_and_a_closed_terminal_leave_nothing_behind(tmp_path, out, name):
+    if not hasattr(signal, name):
+        pytest.skip(f"this system has no {name}")
     config = Config(1024, 2, 8, 8, 128, 2048, 20_000, context_length=2048)
     source = saved(tmp_path / "s.gguf", "gguf", config, small("bf16", config))
     to = OUTS[out].get("to", "hf" if out == "hf" else "gguf")
@@ -467,9 +471,9 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path, out):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and len(inside(tmp_path)) == 1:
         time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, name))
     stdout, stderr = process.communicate(timeout=60)
-    assert (process.returncode, stdout, stderr) == (130, "", "")
+    assert (process.returncode, stdout, stderr) == (128 + getattr(signal, name), "", "")
     assert inside(tmp_path) == ["s.gguf"]
 
 
@@ -546,3 +550,15 @@ def test_other_dtypes_are_refused_by_name(tmp_path, kind):
     with pytest.raises(InputError, match=r"tensor '.*(embed|token_embd).*float64"):
         saved(tmp_path / "out", kind, SMALL, params)
     assert inside(tmp_path) == []
+
+
+def test_stop_ids_and_sampling_that_a_target_cannot_hold_are_told(smollm2, tmp_path):
+    """GGUF has one end of a text and no sampling: what no longer counts must not go unsaid."""
+    convert(smollm2 / "x.gguf", tmp_path / "hf")
+    generation = {"eos_token_id": [2, 0, 5], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(generation))
+    told = convert(tmp_path / "hf", tmp_path / "back.gguf")
+    assert told == [
+        "the sampling is not kept: (0.6, 0, 0.9, None) became (0.0, 0, 1.0, None)",
+        "the stop ids is not kept: [0, 2, 5] became [0, 2]",
+    ]

@@ -111,7 +111,8 @@ def main() -> None:
     start = time.perf_counter()
     try:
         config = PRESETS[args.preset]
-        config = replace(config, n_layers=args.scale_layers or config.n_layers)
+        if args.scale_layers is not None:
+            config = replace(config, n_layers=args.scale_layers)
         write(config, args.format, args.out, args.seed, args.dtype, args.mp)
     except InputError as error:
         sys.exit(f"make_checkpoint: {error}")

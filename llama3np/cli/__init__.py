@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from llama3np import __version__
 from llama3np.errors import InputError
@@ -62,6 +64,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0, 2 for a user's mistake, 130, or 1."""
     open_streams()
+    end_by_signals()
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = parse(argv)
@@ -77,6 +80,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"llama3np: {describe(error)}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+
+
+def end_by_signals() -> None:
+    """Let a closed terminal or a kill end the command as Ctrl-C does: unfinished files go."""
+
+    def end(number: int, _: Any) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
+            signal.signal(getattr(signal, name), end)
 
 
 def open_streams() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.load import meta
+from llama3np.load.inspection import Inspection
 from llama3np.load.opened import Opened, eos_id
 from llama3np.tokenizer import export
 
@@ -85,6 +86,24 @@ def meta_files(opened: Opened, directory: Path) -> list[str]:
         return []
     except InputError as error:
         return _without(opened, str(error))
+
+
+def lost(before: Inspection, after: Inspection) -> list[str]:
+    """What the target says otherwise than the source when both are opened: it has no place for it.
+
+    RoPE pairing apart, which the target's format decides, and what a missing tokenizer explains.
+    """
+    found: dict[str, tuple[Any, Any]] = {
+        "context length": (before.config.context_length, after.config.context_length),
+        "sampling": (tuple(before.sampling), tuple(after.sampling)),
+    }
+    if after.tokenizer is not None:
+        kept = sorted(set(before.stop_ids) & set(after.stop_ids))
+        found["stop ids"] = (sorted(before.stop_ids), kept)
+        had, has = (x.tokenizer.chat_template is not None for x in (before, after))
+        found["chat template"] = (had, had and has)
+    changed = {what: values for what, values in found.items() if values[0] != values[1]}
+    return [f"the {what} is not kept: {was} became {now}" for what, (was, now) in changed.items()]
 
 
 def _without(opened: Opened, why: str | None = None) -> list[str]:

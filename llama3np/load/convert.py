@@ -73,7 +73,14 @@ def convert(
     order = _order(out, to, dtype, shard_bytes, model_parallel)
     if order.to == "gguf" or not out.is_dir() or any(out.iterdir()):
         refuse_existing(out)
-    opened = open_checkpoint(source, rope_factor)
+    notes = _write(open_checkpoint(source, rope_factor), out, order, progress)
+    from llama3np.load import inspect  # which imports this package's modules itself
+
+    return notes + carry.lost(inspect(source, rope_factor), inspect(out))
+
+
+def _write(opened: Opened, out: Path, order: Order, progress: Progress | None) -> list[str]:
+    """Write weights, tokenizer and settings; return a sentence for a tokenizer left out."""
     config, tensors = _tensors(opened, order)
     params = from_named(tensors, config)
     if order.to == "gguf":
