@@ -459,6 +459,23 @@ def test_a_limit_on_file_size_leaves_nothing_behind(source, tmp_path, out):
     assert inside(tmp_path) == ["source"]
 
 
+# The command, pausing after each tensor: it cannot have finished when the signal comes.
+SLOW_COMMAND = [
+    sys.executable,
+    "-c",
+    """
+import sys, time
+from llama3np.cli import main
+from llama3np.load import gguf_file, pth, safetensors
+def slowly(write):
+    return lambda *args: (write(*args), time.sleep(0.2))
+for module in (gguf_file, pth, safetensors):
+    module.write_tensor = slowly(module.write_tensor)
+sys.exit(main())
+""",
+]
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("out", OUTS)
 def test_ctrl_c_a_kill_and_a_closed_terminal_leave_nothing_behind(tmp_path, out, name):
@@ -467,7 +484,7 @@ def test_ctrl_c_a_kill_and_a_closed_terminal_leave_nothing_behind(tmp_path, out,
     config = Config(1024, 2, 8, 8, 128, 2048, 20_000, context_length=2048)
     source = saved(tmp_path / "s.gguf", "gguf", config, small("bf16", config))
     to = OUTS[out].get("to", "hf" if out == "hf" else "gguf")
-    command = [*COMMAND, "convert", str(source), str(tmp_path / out), "--to", to, "--dtype", "f32"]
+    command = [*SLOW_COMMAND, "convert", str(source), str(tmp_path / out), "--to", to]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and len(inside(tmp_path)) == 1:
         time.sleep(0.001)
@@ -562,3 +579,18 @@ def test_stop_ids_and_sampling_that_a_target_cannot_hold_are_told(smollm2, tmp_p
         "the sampling is not kept: (0.6, 0, 0.9, None) became (0.0, 0, 1.0, None)",
         "the stop ids is not kept: [0, 2, 5] became [0, 2]",
     ]
+
+
+def no_space(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(("to", "options"), [("meta", {"model_parallel": 7}), ("hf", {})])
+def test_errors_name_what_was_asked_for_and_no_temporary(source, tmp_path, to, options):
+    with pytest.MonkeyPatch.context() as patch:
+        if to == "hf":
+            patch.setattr(safetensors, "write_tensor", no_space)
+        with pytest.raises(InputError) as caught:
+            convert(source, tmp_path / "out", to, **options)
+    assert str(tmp_path / "out") in str(caught.value)
+    assert ".partial" not in str(caught.value)

@@ -138,6 +138,8 @@ def _removed_on_failure(path: Path) -> Iterator[Path]:
         yield temporary
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    except InputError as error:  # of what was written inside: told by the name that was asked for
+        raise type(error)(str(error).replace(str(temporary), str(path))) from None
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)

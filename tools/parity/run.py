@@ -210,6 +210,9 @@ def report(rows: list[Row]) -> str:
         f"Made by `parity.run` ([README.md](README.md)) with {used}. "
         "llama3np and transformers: the largest absolute difference from float64, each in float32.",
         f"Largest ratio: {worst.ratio:.2f} ({TITLES[worst.part]}, {worst.family}); 3 is allowed.",
+        "405B has one layer, full-width vocabularies have 1000 rows, logits beyond 8192 are "
+        "those of one-layer tiny models, and llama3.3-70b has the rows of llama3.1-70b, whose "
+        "config it has: why is in the README.",
     ]
     for part in PARTS:
         lines = [line(row) for row in rows if row.part == part]
