@@ -6,12 +6,18 @@ from setuptools import find_packages, setup
 
 LLAMA2 = ["sentencepiece>=0.2"]  # tokenizer.model of Llama 2; its GGUF and JSON need nothing
 
+FAST = [
+    "numba>=0.60",
+    "platformdirs>=4",  # where compiled kernels are kept
+]
+
 TEST = [
     "hypothesis>=6.100",
     "mypy>=1.11",
     "pytest>=8",
     "pytest-timeout>=2.3",
     "ruff>=0.8",
+    *FAST,
     *LLAMA2,
     "gguf>=0.17",  # an independent reader of GGUF files and their blocks
     "safetensors>=0.4",  # an independent reader and writer of its files
@@ -21,7 +27,7 @@ TEST = [
 EXTRAS = {
     "cuda12": ["cupy-cuda12x[ctk]>=14"],  # [ctk]: the toolkit's parts, so that a driver is enough
     "cuda13": ["cupy-cuda13x[ctk]>=14"],
-    "fast": ["numba>=0.60"],
+    "fast": FAST,
     "gguf": ["gguf>=0.17"],
     "llama2": LLAMA2,
     "mpi": ["mpi4py>=4"],
@@ -46,6 +52,7 @@ setup(
         "regex",  # Unicode classes where tiktoken cannot go; it comes with tiktoken
         "rich>=13",  # progress bars, tables and trees of the command
         "tiktoken>=0.13",  # 0.13 merges long pieces in linear time
+        "threadpoolctl>=3.5",  # sets the threads of whichever BLAS NumPy has
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["llama3np = llama3np.cli:main"]},

@@ -16,9 +16,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llama3np.errors import InputError
-from llama3np.load import dequant
+from llama3np.kernels import ggml as dequant
+from llama3np.kernels.ggml import FORMATS
 from llama3np.load import gguf as ours
-from llama3np.load.dequant import FORMATS
 from llama3np.load.gguf import Raw
 
 BLOCKS = [name for name, form in FORMATS.items() if form.dtype is None]

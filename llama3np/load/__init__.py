@@ -3,7 +3,7 @@
 | module         | format                                                                      |
 |----------------|-----------------------------------------------------------------------------|
 | huggingface.py | a directory with config.json and safetensors, over safetensors.py           |
-| gguf.py        | .gguf files, over dequant.py for their blocks                               |
+| gguf.py        | .gguf files, over kernels/ggml.py for its blocks                            |
 | llama2c.py     | .bin files of llama2.c                                                      |
 | inspection.py  | what a checkpoint is, of any format, without reading its weights            |
 | meta.py        | a directory with params.json and consolidated.NN.pth, over pth.py           |

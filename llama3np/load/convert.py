@@ -21,9 +21,9 @@ import numpy as np
 
 from llama3np.config import Config
 from llama3np.errors import InputError
+from llama3np.kernels.ggml import FORMATS
 from llama3np.load import carry, names, quantize
 from llama3np.load.checkpoint import DTYPES
-from llama3np.load.dequant import FORMATS
 from llama3np.load.files import new_directory, refuse_existing
 from llama3np.load.gguf import save_gguf
 from llama3np.load.gguf_file import Raw

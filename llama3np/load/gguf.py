@@ -14,9 +14,9 @@ import numpy as np
 from llama3np.config import Config, from_gguf, scaling_from_divisors
 from llama3np.errors import CheckpointError, InputError
 from llama3np.kernels import unstored
+from llama3np.kernels.ggml import FORMATS, start_decoding
 from llama3np.load import names
 from llama3np.load.checkpoint import Checkpoint, Progress, assemble, report
-from llama3np.load.dequant import FORMATS, start_decoding
 from llama3np.load.files import view
 from llama3np.load.gguf_file import GGUF, MAGIC, Raw, TensorInfo, read, write
 from llama3np.params import Params, named

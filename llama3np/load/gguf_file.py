@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from llama3np.errors import CheckpointError, InputError
-from llama3np.load.dequant import FORMATS, OTHER_TYPES
+from llama3np.kernels.ggml import FORMATS, OTHER_TYPES
 from llama3np.load.files import map_file, new_file, view
 from llama3np.load.lazy import Lazy, Progress, Rows, told, write_tensor
 
@@ -47,7 +47,7 @@ class TensorInfo(NamedTuple):
     """One tensor's place in the file."""
 
     shape: tuple[int, ...]  # in NumPy's order, the reverse of the file's
-    type: str  # "Q4_1", a key of dequant.FORMATS
+    type: str  # "Q4_1", a key of ggml.FORMATS
     offset: int  # from the beginning of the file
     nbytes: int
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from llama3np.config import Config
 from llama3np.errors import InputError
+from llama3np.kernels.ggml import FORMATS, decode
 from llama3np.load import gguf, huggingface, llama2c, meta
-from llama3np.load.dequant import FORMATS, decode
 from llama3np.load.files import read_json
 from llama3np.load.gguf_file import GGUF, Raw
 from llama3np.load.lazy import Rows

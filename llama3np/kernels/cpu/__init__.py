@@ -1,0 +1,1 @@
+"""Compiled kernels (numba, the extra `fast`): what the engine "numba" runs."""

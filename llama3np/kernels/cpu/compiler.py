@@ -1,0 +1,42 @@
+"""How kernels are compiled: once, into a folder of the user's cache, named by what they are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numba.core.config
+import platformdirs
+
+# Sums may be reordered, products contracted. Not "nnan" and "ninf": those would let the compiler
+# assume that damaged weights cannot happen, and a nan must come out as a nan.
+FAST = {"reassoc", "contract", "arcp", "nsz"}
+
+
+def cache_folder() -> Path:
+    """The folder of compiled kernels, one for each state of their sources.
+
+    numba looks at the file of a function alone, not at those of the functions it calls, so a
+    change of one of them would go unseen: the folder's name is a digest of all.
+    """
+    digest = hashlib.sha256(numba.__version__.encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return Path(platformdirs.user_cache_dir("llama3np")) / f"kernels-{digest.hexdigest()[:16]}"
+
+
+CACHE = cache_folder()
+_SETTINGS: Any = numba.core.config  # numba's, of the whole process
+
+
+def jit(function: Callable) -> Any:
+    """Compile a function at its first call, to run without the interpreter's lock."""
+    own = _SETTINGS.CACHE_DIR
+    _SETTINGS.CACHE_DIR = own or str(CACHE)
+    try:
+        return numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")(function)
+    finally:
+        _SETTINGS.CACHE_DIR = own  # not ours to change for others

@@ -1,0 +1,183 @@
+"""One pool of threads for everything, and BLAS held at one thread beside it.
+
+Two pools that take turns fight: a thread of the one spins, waiting for work, while the other's
+should run. So the products of BLAS are cut into parts here, and its own pool is left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from threadpoolctl import ThreadpoolController
+
+# ---- how many ---------------------------------------------------------------------------------
+
+
+def available_cores() -> int:
+    """The physical cores that this process may use.
+
+    Two threads of one core share its arithmetic units and its path to memory, so a second one
+    gains nothing. A container's share of processor time (cgroup v2) counts too.
+    """
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    if allowed is None:
+        return os.cpu_count() or 1
+    cores = {_siblings(cpu) for cpu in allowed}
+    return max(1, min(len(cores), _quota()))
+
+
+def _siblings(cpu: int) -> str:
+    """What identifies the core that a logical processor is on."""
+    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    try:
+        return path.read_text().strip()
+    except OSError:  # a kernel that does not tell: every processor counts as a core
+        return str(cpu)
+
+
+def _quota() -> int:
+    """Whole processors of the control group's limit; very many if there is none."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, int(quota) // int(period))
+    except (OSError, ValueError):  # no such file, or "max"
+        return 2**30
+
+
+# ---- the pool ---------------------------------------------------------------------------------
+
+
+class Pool:
+    """Threads that help with a job: the caller works too, and waits for nobody who has not begun.
+
+    So a job ends even if no helper gets a turn, and several threads may bring jobs at once.
+    """
+
+    def __init__(self, threads: int):
+        self.threads = threads
+        self._queues: list[SimpleQueue[Callable[[int], Any]]] = []
+        self._lock = threading.Lock()
+        self._process = 0  # whose threads these are: a fork has none of them
+
+    def run(self, job: Callable[[int], Any]) -> None:
+        """Call job(0) here and job(1), ..., job(threads - 1) elsewhere, as soon as they can.
+
+        Returns when job(0) does: a job must know by itself when all of it is done, and a helper
+        that comes too late must find nothing left to do. Jobs must not raise.
+        """
+        for queue in self._helpers():
+            queue.put(job)
+        job(0)
+
+    def map(self, task: Callable[[int, int], Any], count: int) -> None:
+        """Call task(i, worker) for every i in range(count), each on the next free thread.
+
+        No two calls at a time have the same worker, 0 <= worker < threads, of this map. Returns
+        when all are done; raises the first error of a task.
+        """
+        if count == 1 or self.threads == 1:
+            for i in range(count):
+                task(i, 0)
+            return
+        _Map(task, count).run(self)
+
+    def _helpers(self) -> list[SimpleQueue[Callable[[int], Any]]]:
+        if self._process != os.getpid():
+            with self._lock:
+                if self._process != os.getpid():
+                    self._start()
+        return self._queues
+
+    def _start(self) -> None:
+        self._queues = [SimpleQueue() for _ in range(1, self.threads)]
+        for worker, queue in enumerate(self._queues, 1):
+            name = f"llama3np-{worker}"
+            threading.Thread(target=_serve, args=(queue, worker), name=name, daemon=True).start()
+        self._process = os.getpid()
+
+
+def _serve(queue: SimpleQueue[Callable[[int], Any]], worker: int) -> None:
+    while True:
+        queue.get()(worker)
+
+
+class _Map:
+    """The tasks of one map: who takes which, how many are left, what went wrong."""
+
+    def __init__(self, task: Callable[[int, int], Any], count: int):
+        self.task, self.count = task, count
+        self.next = itertools.count()  # its next() is one step, so no two threads get the same
+        self.finished = itertools.count(1)
+        self.all_done = threading.Event()
+        self.error: BaseException | None = None
+
+    def run(self, pool: Pool) -> None:
+        pool.run(self.work)
+        self.all_done.wait()
+        if self.error is not None:
+            raise self.error
+
+    def work(self, worker: int) -> None:
+        while (i := next(self.next)) < self.count:
+            try:
+                if self.error is None:
+                    self.task(i, worker)
+            except BaseException as error:  # the caller raises it
+                self.error = error
+            if next(self.finished) == self.count:
+                self.all_done.set()
+
+
+# ---- BLAS -------------------------------------------------------------------------------------
+
+
+class _Blas:
+    """BLAS at one thread while anyone needs it so; as it was when the last one has left."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._libraries: list[Any] | None = None
+        self._before: list[int] = []
+
+    @contextmanager
+    def single(self) -> Iterator[None]:
+        self._enter()
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _enter(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users > 1:
+                return
+            if self._libraries is None:  # a search of all loaded libraries: milliseconds
+                found = ThreadpoolController().select(user_api="blas")
+                self._libraries = found.lib_controllers
+            self._before = [library.get_num_threads() for library in self._libraries]
+            for library in self._libraries:
+                library.set_num_threads(1)
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                for library, threads in zip(self._libraries or [], self._before, strict=True):
+                    library.set_num_threads(threads)
+
+
+_BLAS = _Blas()
+
+
+def single_threaded_blas() -> Any:
+    """A context in which BLAS uses the calling thread alone, whoever calls it."""
+    return _BLAS.single()
