@@ -165,8 +165,9 @@ def _pack_panel(bits_MK, m, block, p, panels):
     for start in range(0, K, 2 * PAIRS):
         count = min(K - start, 2 * PAIRS)
         for i in range(min(M - m, PANEL)):
+            row = bits_MK[m + i, start : start + count]
             for k in range(count):
-                rounded[i, k] = _rounded(bits_MK[m + i, start + k])
+                rounded[i, k] = _rounded(row[k])
         rounded[:, count:] = 0
         pairs = (count + 1) // 2
         to = block + (start // 2 * panels + p * pairs) * PANEL * 4
@@ -215,8 +216,8 @@ def _add_block(sums, w, stride, rows, x, step, panels, pairs):
 @jit
 def _transpose(to, to_stride, source, stride, rows, columns):
     """to[j, i] = source[i, j], of words; strides in bytes."""
-    for i in range(0, rows, LANES):
-        for j in range(0, columns, LANES):
+    for j in range(0, columns, LANES):
+        for i in range(0, rows, LANES):
             here, there = source + i * stride + j * 4, to + j * to_stride + i * 4
             if rows - i >= LANES and columns - j >= LANES:
                 _transpose_tile(there, to_stride, here, stride)
