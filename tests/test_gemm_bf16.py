@@ -149,5 +149,7 @@ def test_another_weight_is_refused(w_OK, message):
 
 def test_supported_follows_what_numba_compiles_for(monkeypatch):
     codegen = gemm_bf16.cpu_target.target_context.codegen()
-    monkeypatch.setattr(type(codegen), "magic_tuple", lambda self: ("x86", "", "+avx512f,-avx512bf16"))
+    monkeypatch.setattr(
+        type(codegen), "magic_tuple", lambda self: ("x86", "", "+avx512f,-avx512bf16")
+    )
     assert not supported()

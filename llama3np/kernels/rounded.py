@@ -1,4 +1,4 @@
-"""The product of profile "bf16-mm" in plain NumPy: activations rounded to bfloat16, float32 sums."""
+"""The product of profile "bf16-mm" in NumPy: activations rounded to bfloat16, float32 sums."""
 
 from __future__ import annotations
 
@@ -15,5 +15,9 @@ def plain_product(x_MK: np.ndarray, w_OK: Any) -> np.ndarray:
 
     w is a bfloat16 array, or anything whose slices of rows are; it is widened chunk by chunk.
     """
-    rounded_MK = x_MK.astype(ml_dtypes.bfloat16).astype(np.float32)
-    return rounded_MK @ Transposed(w_OK)
+    return rounded(x_MK) @ Transposed(w_OK)
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """The nearest bfloat16 numbers, ties to even, as float32."""
+    return x.astype(ml_dtypes.bfloat16).astype(np.float32)

@@ -141,7 +141,10 @@ def _sums(b: Any, vectors: list[Any]) -> Any:
     vectors = [vectors[4 * (i % 4) + i // 4] for i in range(LANES)]
     low = [[*range(8)], [0, 1, 2, 3, 8, 9, 10, 11]]
     high = [[*range(8, 16)], [4, 5, 6, 7, 12, 13, 14, 15]]
-    steps = [(one + [LANES + i for i in one], two + [LANES + i for i in two]) for one, two in zip(low, high)]
+    steps = [
+        (one + [LANES + i for i in one], two + [LANES + i for i in two])
+        for one, two in zip(low, high)
+    ]
     inside = [([0, 1, 16, 17], [2, 3, 18, 19]), ([0, 2, 16, 18], [1, 3, 17, 19])]
     steps += [
         tuple([4 * quarter + i for quarter in range(4) for i in half] for half in halves)
@@ -436,7 +439,7 @@ def combine(parts, n_parts, part_stride, G, H, out):
 
 @intrinsic
 def _product(typingctx, a, b):
-    """a * b, rounded: never the first half of a fused multiply-add, which would not round it."""
+    """A * b, rounded: never the first half of a fused multiply-add, which would not round it."""
 
     def codegen(context, builder, signature, args):
         # Without any flag numba would give it the function's, "contract" among them. "arcp" is

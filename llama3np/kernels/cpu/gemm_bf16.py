@@ -283,9 +283,7 @@ def _add_tile(typingctx, sums, width, w, stride, last, x, pairs):
     def codegen(context, b, signature, args):
         sums, width, w, stride, last, x, pairs = args
         there = [b.icmp_signed("<", _index(r), last) for r in range(ROWS)]
-        rows = [
-            b.add(w, b.mul(stride, b.select(there[r], _index(r), last))) for r in range(ROWS)
-        ]
+        rows = [b.add(w, b.mul(stride, b.select(there[r], _index(r), last))) for r in range(ROWS)]
         places = [
             _at(b, b.add(sums, b.mul(width, _index(r))), _index(v * LANES * 4), _SUMS)
             for r in range(ROWS)
@@ -314,7 +312,7 @@ def _add_tile(typingctx, sums, width, w, stride, last, x, pairs):
 
 
 def _repeat(b: Any, count: Any, values: list[Any], step: Any) -> list[Any]:
-    """values = step(j, values) for j = 0, ..., count - 1; count > 0."""
+    """Values = step(j, values) for j = 0, ..., count - 1; count > 0."""
     before, body = b.block, b.append_basic_block()
     b.branch(body)
     b.position_at_end(body)
