@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from strategies import seeds
 
 pytest.importorskip("numba", reason="numba is not installed")
-from llama3np.kernels.cpu import gemm_bf16
 from llama3np.kernels.cpu.gemm_bf16 import pack, product, products, supported
 from llama3np.kernels.rounded import plain_product
 from llama3np.threads import Pool
@@ -25,7 +24,7 @@ SMALLEST = np.finfo(np.float32).tiny
 # Around the sizes at which the kernel takes its steps: vectors, panels, rows of a tile, ...
 rows_of_x = st.integers(1, 70) | st.sampled_from([511, 512, 513, 545])
 rows_of_w = st.integers(1, 40) | st.sampled_from([63, 64, 65, 130])
-columns = st.integers(0, 70) | st.sampled_from([510, 511, 512, 513, 514, 1025, 1100])
+columns = st.integers(1, 70) | st.sampled_from([510, 511, 512, 513, 514, 1025, 1100])
 special = st.sampled_from([np.inf, -np.inf, np.nan, 0.0, -0.0, 1e-40, 3e38, -3e38])
 pools = st.sampled_from(list(POOLS.values()))
 
@@ -82,7 +81,7 @@ def test_product_is_near_the_exact_one(M, n_out, n_in, pool, data):
     y_MO = product(pack(x_MK, pool), w_OK, pool)
     rounded_MK, wide_OK = x_MK.astype(BF16).astype(np.float64), w_OK.astype(np.float64)
     # Products are exact in float32 and each of n_in additions rounds once, by half an eps of a
-    # partial sum: n_in * eps / 2 of the absolute sum, to first order; a whole eps holds for all.
+    # partial sum: n_in * eps / 2 of the absolute sum, to first order; a whole eps is above it all.
     bound_MO = n_in * np.finfo(np.float32).eps * (np.abs(rounded_MK) @ np.abs(wide_OK).T)
     exact_MO = rounded_MK @ wide_OK.T
     assert (np.abs(y_MO - exact_MO) <= bound_MO).all()
@@ -90,6 +89,7 @@ def test_product_is_near_the_exact_one(M, n_out, n_in, pool, data):
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=100), seeds)
+@np.errstate(invalid="ignore")
 def test_x_is_rounded_as_ml_dtypes_does(bits, seed):
     drawn = np.random.default_rng(seed).integers(0, 2**32, 5000, np.uint32)
     ties = drawn & np.uint32(0xFFFF0000) | np.uint32(0x8000)
@@ -145,11 +145,3 @@ def test_x_may_be_a_view_read_only_or_of_another_type():
 def test_another_weight_is_refused(w_OK, message):
     with pytest.raises(ValueError, match=message):
         products(np.zeros((2, 4), np.float32), [w_OK], POOLS[1])
-
-
-def test_supported_follows_what_numba_compiles_for(monkeypatch):
-    codegen = gemm_bf16.cpu_target.target_context.codegen()
-    monkeypatch.setattr(
-        type(codegen), "magic_tuple", lambda self: ("x86", "", "+avx512f,-avx512bf16")
-    )
-    assert not supported()

@@ -14,7 +14,7 @@ from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.kernels.attention import attention
 from llama3np.kernels.product import product
-from llama3np.kernels.rounded import rounded
+from llama3np.kernels.rounded import round_bf16
 from llama3np.numerics import Profile
 from llama3np.params import Params, named
 from llama3np.threads import Pool, available_cores, single_threaded_blas
@@ -45,7 +45,7 @@ class Engine:
 
     def product(self, x_MD: np.ndarray, w: Any) -> np.ndarray:
         """x_MD @ w.T, by the profile."""
-        return product(rounded(x_MD) if self.profile.rounded else x_MD, w, self.pool, self.widen)
+        return product(round_bf16(x_MD) if self.profile.rounded else x_MD, w, self.pool, self.widen)
 
     def forward(
         self, ids_BT: Any, cache: Cache, new_B: Any = None, tap: Any = None, last_only: bool = True

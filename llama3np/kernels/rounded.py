@@ -1,4 +1,4 @@
-"""The product of profile "bf16-mm" in NumPy: activations rounded to bfloat16, float32 sums."""
+"""Profile "bf16-mm" in plain NumPy: activations rounded to bfloat16 as they enter a product."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from llama3np.kernels.chunks import Transposed
 
 
+def round_bf16(x_MK: np.ndarray) -> np.ndarray:
+    """To the nearest bfloat16, ties to even, in the type of x."""
+    return x_MK.astype(ml_dtypes.bfloat16).astype(x_MK.dtype)
+
+
 def plain_product(x_MK: np.ndarray, w_OK: Any) -> np.ndarray:
-    """round_bf16(x) @ w.T in float32: products of two bfloat16 numbers are exact in it.
+    """round_bf16(x) @ w.T with sums in float32: a product of two bfloat16 numbers is exact in it.
 
     w is a bfloat16 array, or anything whose slices of rows are; it is widened chunk by chunk.
     """
-    return rounded(x_MK) @ Transposed(w_OK)
-
-
-def rounded(x: np.ndarray) -> np.ndarray:
-    """The nearest bfloat16 numbers, ties to even, as float32."""
-    return x.astype(ml_dtypes.bfloat16).astype(np.float32)
+    return round_bf16(x_MK) @ Transposed(w_OK)

@@ -19,18 +19,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import llvmlite.ir
 import ml_dtypes
+import numba.extending
 import numpy as np
-from llvmlite import ir
 from numba import types
-from numba.core.registry import cpu_target
-from numba.extending import intrinsic
+from numba.core import cgutils
 
+from llama3np.kernels.cpu import ir
 from llama3np.kernels.cpu.compiler import jit
+from llama3np.kernels.cpu.ir import Builder, V, Value, const, f32, i32, vector
 from llama3np.threads import Pool
 
-LANES = 16  # words of 32 bits in a vector
-PANEL = 2 * LANES  # rows of x that the innermost loop multiplies ...
+ADDRESS = types.intp
+intrinsic: Any = numba.extending.intrinsic  # mypy would expect `typingctx` in each call
+
+PANEL = 2 * V  # rows of x that the innermost loop multiplies ...
 ROWS = 8  # ... by so many of w: 16 vectors of sums, where a latency of 6 at 2 a cycle needs 12
 PAIRS = 256  # pairs of columns that are multiplied before the next: 1 KiB of each row
 BLOCK = 16  # panels; BLOCK * PANEL * PAIRS pairs of x are 512 KiB and stay in an L2 cache
@@ -39,8 +43,7 @@ STRIPE = 64  # rows of w in one task
 
 def supported() -> bool:
     """Whether numba compiles for a processor that has AVX512_BF16."""
-    _, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return "+avx512bf16" in features.split(",")
+    return ir.host_has("avx512bf16")
 
 
 # ---- x, laid out ------------------------------------------------------------------------------
@@ -87,8 +90,8 @@ def _pairs(K: int) -> int:
 
 def _aligned(words: int) -> np.ndarray:
     """Memory that begins where a cache line does: a vector that lies across two costs double."""
-    raw = np.empty(words + LANES, np.uint32)
-    skipped = -raw.ctypes.data % (4 * LANES) // 4
+    raw = np.empty(words + V, np.uint32)
+    skipped = -raw.ctypes.data % (4 * V) // 4
     return raw[skipped : skipped + words]
 
 
@@ -144,14 +147,14 @@ class _Operand:
 
     def multiply(self, o: int, panel: int, scratch: np.ndarray) -> None:
         """Fill the part of y that STRIPE rows of w and BLOCK panels of x make."""
-        (M, O), m = self.y_MO.shape, panel * PANEL
+        (M, n_out), m = self.y_MO.shape, panel * PANEL
         x, panels = self.packed.block(panel)
-        y = self.y_MO.ctypes.data + (m * O + o) * 4
-        count, rows = min(M - m, panels * PANEL), min(O - o, STRIPE)
+        y = self.y_MO.ctypes.data + (m * n_out + o) * 4
+        count, rows = min(M - m, panels * PANEL), min(n_out - o, STRIPE)
         w, stride = self.w_OK.ctypes.data + o * self.w_OK.strides[0], self.w_OK.strides[0]
         last = self.last_O.ctypes.data + o * 4
         _stripe(scratch, w, stride, last, rows, x, panels, self.packed.K)
-        _transpose(y, O * 4, scratch.ctypes.data, panels * PANEL * 4, rows, count)
+        _transpose(y, n_out * 4, scratch.ctypes.data, panels * PANEL * 4, rows, count)
 
 
 # ---- compiled ---------------------------------------------------------------------------------
@@ -204,8 +207,6 @@ def _stripe(scratch, w, stride, last, rows, x, panels, K):
 @jit
 def _add_block(sums, w, stride, rows, x, step, panels, pairs):
     """Add the products of these pairs of columns; the panels of x are `step` bytes apart."""
-    if pairs == 0:
-        return
     width = panels * PANEL * 4
     for o in range(0, rows, ROWS):
         for p in range(panels):
@@ -216,21 +217,21 @@ def _add_block(sums, w, stride, rows, x, step, panels, pairs):
 @jit
 def _transpose(to, to_stride, source, stride, rows, columns):
     """to[j, i] = source[i, j], of words; strides in bytes."""
-    for j in range(0, columns, LANES):
-        for i in range(0, rows, LANES):
+    for j in range(0, columns, V):
+        for i in range(0, rows, V):
             here, there = source + i * stride + j * 4, to + j * to_stride + i * 4
-            if rows - i >= LANES and columns - j >= LANES:
-                _transpose_tile(there, to_stride, here, stride)
+            if rows - i >= V and columns - j >= V:
+                _transpose_square(there, to_stride, here, stride)
                 continue
-            for a in range(min(rows - i, LANES)):
-                for b in range(min(columns - j, LANES)):
+            for a in range(min(rows - i, V)):
+                for b in range(min(columns - j, V)):
                     _copy_word(there + b * to_stride + a * 4, here + a * stride + b * 4)
 
 
 # ---- in the compiler's language ---------------------------------------------------------------
 
 
-class _BFloat(ir.Type):
+class _BFloat(llvmlite.ir.Type):
     """LLVM's bfloat, which llvmlite has no name for."""
 
     def __str__(self) -> str:
@@ -243,33 +244,14 @@ class _BFloat(ir.Type):
         return hash(_BFloat)
 
 
-_WORD, _INDEX = ir.IntType(32), ir.IntType(64)
-_WORDS, _SUMS = ir.VectorType(_WORD, LANES), ir.VectorType(ir.FloatType(), LANES)
-_BF16S = ir.VectorType(_BFloat(), 2 * LANES)
+_PAIRS = vector(_BFloat(), 2 * V)
 
 
-def _index(value: int) -> ir.Constant:
-    return ir.Constant(_INDEX, value)
-
-
-def _at(b: Any, address: Any, offset: Any, type_: Any) -> Any:
-    """A pointer to what lies `offset` bytes after an address."""
-    return b.inttoptr(b.add(address, offset), ir.PointerType(type_))
-
-
-def _dot(b: Any, sums: Any, x: Any, w: Any) -> Any:
+def _add_pairs(b: Builder, sums: Value, x: Value, w: Value) -> Value:
     """VDPBF16PS."""
+    kind = llvmlite.ir.FunctionType(sums.type, [sums.type, _PAIRS, _PAIRS])
     name = "llvm.x86.avx512bf16.dpbf16ps.512"
-    function = b.module.globals.get(name)
-    if function is None:
-        function = ir.Function(b.module, ir.FunctionType(_SUMS, [_SUMS, _BF16S, _BF16S]), name)
-    return b.call(function, [sums, x, w])
-
-
-def _broadcast(b: Any, word: Any) -> Any:
-    """A pair of bfloat16 numbers for all lanes."""
-    first = b.insert_element(ir.Constant(_WORDS, ir.Undefined), word, ir.Constant(_WORD, 0))
-    return b.bitcast(b.shuffle_vector(first, first, ir.Constant(_WORDS, [0] * LANES)), _BF16S)
+    return b.call(cgutils.get_or_insert_function(b.module, kind, name), [sums, x, w])
 
 
 @intrinsic
@@ -277,90 +259,73 @@ def _add_tile(typingctx, sums, width, w, stride, last, x, pairs):
     """Add products of ROWS rows of w and one panel of x to sums whose rows are `width` apart.
 
     Rows of w after the one numbered `last` are not there: that one is read again in their place.
-    pairs > 0.
     """
 
-    def codegen(context, b, signature, args):
-        sums, width, w, stride, last, x, pairs = args
-        there = [b.icmp_signed("<", _index(r), last) for r in range(ROWS)]
-        rows = [b.add(w, b.mul(stride, b.select(there[r], _index(r), last))) for r in range(ROWS)]
-        places = [
-            _at(b, b.add(sums, b.mul(width, _index(r))), _index(v * LANES * 4), _SUMS)
-            for r in range(ROWS)
-            for v in range(2)
-        ]
+    def codegen(context, b, signature, arguments):
+        sums, width, w, stride, last, x, pairs = arguments
 
-        def step(j, before):
-            offset = b.mul(j, _index(PANEL * 4))
-            halves = [
-                b.load(_at(b, b.add(x, offset), _index(v * LANES * 4), _BF16S), align=4)
-                for v in range(2)
-            ]
+        def row(r: int) -> Value:
+            there = b.select(b.icmp_signed("<", const(r), last), const(r), last)
+            return b.add(w, b.mul(stride, there))
+
+        def add_pair(j: Value, before: list[Value]) -> list[Value]:
+            here = ir.at(b, x, 4 * PANEL, j)
+            halves = [ir.load(b, ir.at(b, here, 4 * V, half), _PAIRS) for half in range(2)]
             after = []
-            for r in range(ROWS):
-                pair = b.load(_at(b, rows[r], b.mul(j, _index(4)), _WORD), align=1)
-                many = _broadcast(b, pair)
-                after += [_dot(b, before[2 * r + v], halves[v], many) for v in range(2)]
+            for r, row in enumerate(rows):
+                pair = ir.splat(b, ir.load(b, ir.at(b, row, 4, j), i32))
+                many = b.bitcast(pair, _PAIRS)
+                after += [
+                    _add_pairs(b, before[2 * r + half], halves[half], many) for half in (0, 1)
+                ]
             return after
 
-        starts = [b.load(place, align=4) for place in places]
-        for place, total in zip(places, _repeat(b, pairs, starts, step), strict=True):
-            b.store(total, place, align=4)
+        rows = [row(r) for r in range(ROWS)]
+        places = [
+            ir.at(b, b.add(sums, b.mul(width, const(r))), 4 * V, half)
+            for r in range(ROWS)
+            for half in (0, 1)
+        ]
+        starts = [ir.load(b, place, vector(f32)) for place in places]
+        totals = ir.loop(b, const(0), pairs, 1, starts, add_pair)
+        for place, total in zip(places, totals, strict=True):
+            ir.store(b, total, place)
         return context.get_dummy_value()
 
-    return types.none(*[types.intp] * 7), codegen
-
-
-def _repeat(b: Any, count: Any, values: list[Any], step: Any) -> list[Any]:
-    """Values = step(j, values) for j = 0, ..., count - 1; count > 0."""
-    before, body = b.block, b.append_basic_block()
-    b.branch(body)
-    b.position_at_end(body)
-    j, carried = b.phi(_INDEX), [b.phi(value.type) for value in values]
-    new = step(j, carried)
-    following = b.add(j, _index(1))
-    for phi, start, end in zip([j, *carried], [_index(0), *values], [following, *new], strict=True):
-        phi.add_incoming(start, before)
-        phi.add_incoming(end, body)
-    done = b.append_basic_block()
-    b.cbranch(b.icmp_signed("<", following, count), body, done)
-    b.position_at_end(done)
-    return new
+    return types.void(*[ADDRESS] * 7), codegen
 
 
 @intrinsic
-def _transpose_tile(typingctx, to, to_stride, source, stride):
-    """Transpose LANES * LANES words; strides in bytes."""
+def _transpose_square(typingctx, to, to_stride, source, stride):
+    """Transpose V * V words; strides in bytes."""
 
-    def codegen(context, b, signature, args):
-        to, to_stride, source, stride = args
-        rows = [
-            b.load(_at(b, source, b.mul(stride, _index(i)), _WORDS), align=4) for i in range(LANES)
-        ]
-        distance = LANES // 2
+    def codegen(context, b, signature, arguments):
+        to, to_stride, source, stride = arguments
+        rows = [ir.load(b, b.add(source, b.mul(stride, const(i))), vector(i32)) for i in range(V)]
+        distance = V // 2
         while distance:  # exchange the off-diagonal quarters of squares, ever smaller ones
-            low = [i if not i & distance else i - distance + LANES for i in range(LANES)]
+            upper = [i for i in range(V) if not i & distance]
+            low = [i if i in upper else i - distance + V for i in range(V)]
             high = [lane + distance for lane in low]
-            for i in (i for i in range(LANES) if not i & distance):
-                pair = rows[i], rows[i + distance]
-                rows[i] = b.shuffle_vector(*pair, ir.Constant(_WORDS, low))
-                rows[i + distance] = b.shuffle_vector(*pair, ir.Constant(_WORDS, high))
+            for i in upper:
+                two = rows[i], rows[i + distance]
+                rows[i] = b.shuffle_vector(*two, ir.lanes(i32, low))
+                rows[i + distance] = b.shuffle_vector(*two, ir.lanes(i32, high))
             distance //= 2
         for i, row in enumerate(rows):
-            b.store(row, _at(b, to, b.mul(to_stride, _index(i)), _WORDS), align=4)
+            ir.store(b, row, b.add(to, b.mul(to_stride, const(i))))
         return context.get_dummy_value()
 
-    return types.none(*[types.intp] * 4), codegen
+    return types.void(*[ADDRESS] * 4), codegen
 
 
 @intrinsic
 def _copy_word(typingctx, to, source):
     """Copy 32 bits."""
 
-    def codegen(context, b, signature, args):
-        to, source = args
-        word = b.load(_at(b, source, _index(0), _WORD), align=4)
-        b.store(word, _at(b, to, _index(0), _WORD), align=4)
+    def codegen(context, b, signature, arguments):
+        to, source = arguments
+        ir.store(b, ir.load(b, source, i32), to)
         return context.get_dummy_value()
 
-    return types.none(types.intp, types.intp), codegen
+    return types.void(ADDRESS, ADDRESS), codegen
