@@ -85,7 +85,7 @@ class Pool:
         No two calls at a time have the same worker, 0 <= worker < threads, of this map. Returns
         when all are done; raises the first error of a task.
         """
-        if count == 1 or self.threads == 1:
+        if count <= 1 or self.threads == 1:
             for i in range(count):
                 task(i, 0)
             return

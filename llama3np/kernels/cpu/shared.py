@@ -115,7 +115,7 @@ def look(typing: Any, address: Any) -> Any:
 
 # ---- waiting -----------------------------------------------------------------------------------
 
-_PAUSE = {"x86_64": ("llvm.x86.sse2.pause", []), "amd64": ("llvm.x86.sse2.pause", [])}
+_PAUSE: dict[str, tuple[str, list[int]]] = {"x86_64": ("llvm.x86.sse2.pause", []), "amd64": ("llvm.x86.sse2.pause", [])}
 _PAUSE |= dict.fromkeys(("aarch64", "arm64"), ("llvm.aarch64.hint", [1]))
 
 
