@@ -26,8 +26,8 @@ import numpy as np
 from llama3np.kernels.cpu.attend import SCRATCH, SPLIT, attend_part, combine, store_row, turn_row
 from llama3np.kernels.cpu.compiler import jit
 from llama3np.kernels.cpu.dots import row_dot, tile_dots, widen_row
-from llama3np.kernels.cpu.exp import exp_f32
 from llama3np.kernels.cpu.shared import (
+    address,
     all_done,
     bits_as_float,
     copy_bytes,
@@ -42,6 +42,7 @@ from llama3np.kernels.cpu.shared import (
     ticks,
     wait_for,
 )
+from llama3np.kernels.cpu.tokens import gate_row, norm_row
 
 PHASES = 5  # of a layer
 TILE = 4  # rows that are widened and multiplied together when there are several tokens
@@ -109,11 +110,6 @@ def table(arrays: NamedTuple) -> np.ndarray:
         else:
             found.append(int(field.view(np.int32)) if isinstance(field, np.float32) else field)
     return np.array(found, np.int64)
-
-
-def address(array: np.ndarray) -> int:
-    """Where an array's first number lies."""
-    return array.__array_interface__["data"][0]
 
 
 @jit
@@ -298,10 +294,9 @@ def _gate_up(worker, model, step, w, unit, x_MD):
     _product(worker, model, step, w, first, count, x_MD, gate_MC)
     _product(worker, model, step, w + 1, first, count, x_MD, up_MC)
     for m in range(len(gate_MC)):
-        for i in range(count):
-            gate, up = gate_MC[m, i], up_MC[m, i]
-            step.act_MF[m, first + i] = gate / (np.float32(1) + exp_f32(-gate)) * up
-        _round(model, step.act_MF[m, first : first + count])
+        act_C = step.act_MF[m, first : first + count]
+        gate_row(gate_MC[m].ctypes.data, up_MC[m].ctypes.data, act_C.ctypes.data, count)
+        _round(model, act_C)
 
 
 @jit
@@ -355,14 +350,9 @@ def _logits(worker, model, step, phase):
 @jit
 def _norm(h_MD, weight_D, model, x_MD):
     """RMSNorm of every token, model.rms_norm."""
-    D = h_MD.shape[1]
+    D, weight = h_MD.shape[1], weight_D.ctypes.data
     for m in range(len(h_MD)):
-        total = np.float32(0)
-        for i in range(D):
-            total += h_MD[m, i] * h_MD[m, i]
-        scale = np.float32(1) / np.sqrt(total / np.float32(D) + model.eps)
-        for i in range(D):
-            x_MD[m, i] = h_MD[m, i] * scale * weight_D[i]
+        norm_row(h_MD[m].ctypes.data, weight, model.eps, x_MD[m].ctypes.data, D)
         _round(model, x_MD[m, :D])
 
 
