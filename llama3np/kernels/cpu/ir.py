@@ -79,6 +79,13 @@ def store(b: Builder, value: Value, address: Value) -> None:
     b.store(value, b.inttoptr(address, ir.PointerType()), align=1)
 
 
+def reserve(b: Builder, count: int) -> Value:
+    """The address of `count` bytes on the stack, for as long as the function runs."""
+    kept = cgutils.alloca_once(b, ir.ArrayType(i8, count))
+    kept.align = 64
+    return b.ptrtoint(kept, i64)
+
+
 def prefetch(b: Builder, address: Value) -> None:
     """Ask for the cache line of an address, which need not exist."""
     kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), i32, i32, i32])
