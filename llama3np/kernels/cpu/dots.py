@@ -307,3 +307,38 @@ def widen_rows(code, address, row_bytes, rows, n, out_address):
     for r in range(rows):
         widen_row(code, address + r * row_bytes, out_address + r * n * 4, n)
 
+
+
+# ---- the limit -------------------------------------------------------------------------------
+
+
+@intrinsic
+def _read(typingctx, address, nbytes):
+    def codegen(context, b, signature, arguments):
+        address, nbytes = arguments
+        line, lines = vector(ir.i64, 8), 8  # of 64 bytes, each with its own sum
+
+        def several(i: Value, seen: list[Value]) -> list[Value]:
+            places = [ir.at(b, b.add(address, i), 64, k) for k in range(lines)]
+            return [b.xor(v, ir.load(b, at, line)) for v, at in zip(seen, places, strict=True)]
+
+        def one(i: Value, seen: list[Value]) -> list[Value]:
+            return [b.xor(seen[0], b.zext(ir.load(b, b.add(address, i), ir.i8), ir.i64))]
+
+        most = b.and_(nbytes, const(-64 * lines))
+        nothing = [ir.every(ir.i64, 0, 8)] * lines
+        seen = ir.loop(b, const(0), most, 64 * lines, nothing, several)
+        while len(seen) > 1:
+            seen = [b.xor(seen[0], seen[-1]), *seen[1:-1]]
+        return ir.loop(b, most, nbytes, 1, [ir.exclusive_or(b, seen[0])], one)[0]
+
+    return types.int64(ADDRESS, ADDRESS), codegen
+
+
+@jit
+def read_words(address, nbytes):
+    """The exclusive or of the 64-bit words of memory, and then of the bytes that are left.
+
+    Nothing reads memory faster than this with one thread: the measure of all products above.
+    """
+    return _read(address, nbytes)
