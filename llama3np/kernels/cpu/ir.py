@@ -81,8 +81,9 @@ def store(b: Builder, value: Value, address: Value) -> None:
 
 def reserve(b: Builder, count: int) -> Value:
     """The address of `count` bytes on the stack, for as long as the function runs."""
-    kept = cgutils.alloca_once(b, ir.ArrayType(i8, count))
-    kept.align = 64
+    with b.goto_entry_block():  # not numba's own helper, which fills with zeros at each call
+        kept = b.alloca(ir.ArrayType(i8, count))
+        kept.align = 64
     return b.ptrtoint(kept, i64)
 
 
