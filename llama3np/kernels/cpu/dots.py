@@ -6,6 +6,7 @@ apart. `code` is ggml's number of a format, the only thing about it that compile
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -229,12 +230,32 @@ def _block_widen(kind: Block) -> Any:
 
 # ---- one row of any format -------------------------------------------------------------------
 
-dot_f32, dot_f16, dot_bf16 = map(_plain_dot, PLAIN.values())
-dot_q4_0, dot_q4_1, dot_q5_0, dot_q5_1, dot_q8_0 = (_block_dot(k) for k in list(BLOCKS.values())[:5])
-dot_q2_k, dot_q3_k, dot_q4_k, dot_q5_k, dot_q6_k = (_block_dot(k) for k in list(BLOCKS.values())[5:])
-widen_f32, widen_f16, widen_bf16 = map(_plain_widen, PLAIN.values())
-widen_q4_0, widen_q4_1, widen_q5_0, widen_q5_1, widen_q8_0 = (_block_widen(k) for k in list(BLOCKS.values())[:5])
-widen_q2_k, widen_q3_k, widen_q4_k, widen_q5_k, widen_q6_k = (_block_widen(k) for k in list(BLOCKS.values())[5:])
+dot_f32 = _plain_dot(PLAIN["F32"])
+dot_f16 = _plain_dot(PLAIN["F16"])
+dot_bf16 = _plain_dot(PLAIN["BF16"])
+dot_q4_0 = _block_dot(BLOCKS["Q4_0"])
+dot_q4_1 = _block_dot(BLOCKS["Q4_1"])
+dot_q5_0 = _block_dot(BLOCKS["Q5_0"])
+dot_q5_1 = _block_dot(BLOCKS["Q5_1"])
+dot_q8_0 = _block_dot(BLOCKS["Q8_0"])
+dot_q2_k = _block_dot(BLOCKS["Q2_K"])
+dot_q3_k = _block_dot(BLOCKS["Q3_K"])
+dot_q4_k = _block_dot(BLOCKS["Q4_K"])
+dot_q5_k = _block_dot(BLOCKS["Q5_K"])
+dot_q6_k = _block_dot(BLOCKS["Q6_K"])
+widen_f32 = _plain_widen(PLAIN["F32"])
+widen_f16 = _plain_widen(PLAIN["F16"])
+widen_bf16 = _plain_widen(PLAIN["BF16"])
+widen_q4_0 = _block_widen(BLOCKS["Q4_0"])
+widen_q4_1 = _block_widen(BLOCKS["Q4_1"])
+widen_q5_0 = _block_widen(BLOCKS["Q5_0"])
+widen_q5_1 = _block_widen(BLOCKS["Q5_1"])
+widen_q8_0 = _block_widen(BLOCKS["Q8_0"])
+widen_q2_k = _block_widen(BLOCKS["Q2_K"])
+widen_q3_k = _block_widen(BLOCKS["Q3_K"])
+widen_q4_k = _block_widen(BLOCKS["Q4_K"])
+widen_q5_k = _block_widen(BLOCKS["Q5_K"])
+widen_q6_k = _block_widen(BLOCKS["Q6_K"])
 
 
 @jit
@@ -312,25 +333,30 @@ def widen_rows(code, address, row_bytes, rows, n, out_address):
 # ---- the limit -------------------------------------------------------------------------------
 
 
+LINES = 16  # of 64 bytes in a step of a read, each with its own sum
+READ_AHEAD = 8192  # bytes; a read does nothing else, so it is further ahead than a product
+
+
 @intrinsic
 def _read(typingctx, address, nbytes):
     def codegen(context, b, signature, arguments):
         address, nbytes = arguments
-        line, lines = vector(ir.i64, 8), 8  # of 64 bytes, each with its own sum
 
         def several(i: Value, seen: list[Value]) -> list[Value]:
-            places = [ir.at(b, b.add(address, i), 64, k) for k in range(lines)]
-            return [b.xor(v, ir.load(b, at, line)) for v, at in zip(seen, places, strict=True)]
+            start = b.add(address, i)
+            places = [ir.at(b, start, 64, line) for line in range(LINES)]
+            for place in places:
+                ir.prefetch(b, ir.at(b, place, READ_AHEAD))
+            words = vector(ir.i64, 8)
+            return [b.xor(v, ir.load(b, p, words)) for v, p in zip(seen, places, strict=True)]
 
         def one(i: Value, seen: list[Value]) -> list[Value]:
             return [b.xor(seen[0], b.zext(ir.load(b, b.add(address, i), ir.i8), ir.i64))]
 
-        most = b.and_(nbytes, const(-64 * lines))
-        nothing = [ir.every(ir.i64, 0, 8)] * lines
-        seen = ir.loop(b, const(0), most, 64 * lines, nothing, several)
-        while len(seen) > 1:
-            seen = [b.xor(seen[0], seen[-1]), *seen[1:-1]]
-        return ir.loop(b, most, nbytes, 1, [ir.exclusive_or(b, seen[0])], one)[0]
+        most, nothing = b.and_(nbytes, const(-64 * LINES)), ir.every(ir.i64, 0, 8)
+        seen = ir.loop(b, const(0), most, 64 * LINES, [nothing] * LINES, several)
+        words = ir.exclusive_or(b, functools.reduce(b.xor, seen))
+        return ir.loop(b, most, nbytes, 1, [words], one)[0]
 
     return types.int64(ADDRESS, ADDRESS), codegen
 
