@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -38,15 +39,29 @@ def product(code, address, stride, rows, x, n, y):
         y[r] = row_dot(code, address + r * stride, x, n, 0)
 
 
+every_format = pytest.mark.parametrize("name", FORMATS)
+
+
+class Place(NamedTuple):
+    """Rows of a format somewhere in a buffer."""
+
+    name: str
+    rows: int
+    n: int
+    start: int
+    stride: int  # bytes from row to row
+
+    @property
+    def row_bytes(self):
+        return self.n // FORMATS[self.name].weights * FORMATS[self.name].nbytes
+
+
 @st.composite
-def places(draw):
-    """Rows of a format somewhere in a buffer: name, rows, n, where they start, row stride."""
-    name = draw(st.sampled_from(sorted(FORMATS)))
-    form = FORMATS[name]
-    n = form.weights * draw(st.integers(1, 400 if form.weights == 1 else 40 * 32 // form.weights))
-    row_bytes = n // form.weights * form.nbytes
-    rows, start, gap = (draw(st.integers(least, most)) for least, most in ((1, 4), (0, 70), (0, 70)))
-    return name, rows, n, start, row_bytes + gap
+def places(draw, name):
+    blocks = draw(st.integers(1, {1: 400, 32: 40, 256: 20}[FORMATS[name].weights]))
+    rows, start, gap = draw(st.integers(1, 4)), draw(st.integers(0, 70)), draw(st.integers(0, 70))
+    place = Place(name, rows, blocks * FORMATS[name].weights, start, gap)
+    return place._replace(stride=place.row_bytes + gap)
 
 
 def stored_rows(place, seed, tame):
@@ -54,8 +69,8 @@ def stored_rows(place, seed, tame):
     name, rows, n, start, stride = place
     form, rng = FORMATS[name], np.random.default_rng(seed)
     buffer = rng.integers(0, 256, start + rows * stride + 1, dtype=np.uint8)
-    row_bytes = n // form.weights * form.nbytes
-    stored_RC = np.lib.stride_tricks.as_strided(buffer[start:], (rows, row_bytes), (stride, 1))
+    shape, strides = (rows, place.row_bytes), (stride, 1)
+    stored_RC = np.lib.stride_tricks.as_strided(buffer[start:], shape, strides)
     if tame and form.dtype is not None:
         stored_RC[...] = rng.standard_normal((rows, n)).astype(form.dtype).view(np.uint8)
     for at in HALVES.get(name, []) if tame else []:
@@ -86,9 +101,11 @@ def assert_rounded(y, w_RI, x_IM, roundings):
     assert (error <= limit).all(), f"{(error / limit).max()} of the bound"
 
 
-@given(places(), seeds, st.integers(0, 15))
-def test_product_of_a_row_is_the_sum_within_its_roundings(place, seed, shift):
-    name, _, n, _, _ = place
+@every_format
+@given(st.data(), seeds, st.integers(0, 15))
+def test_product_of_a_row_is_the_sum_within_its_roundings(name, data, seed, shift):
+    place = data.draw(places(name))
+    n = place.n
     buffer, stored_RC = stored_rows(place, seed, tame=True)
     x_I = np.random.default_rng(seed).standard_normal(n + shift, np.float32)[shift:]
     y_R = compiled_product(place, buffer, x_I)
@@ -97,10 +114,12 @@ def test_product_of_a_row_is_the_sum_within_its_roundings(place, seed, shift):
     assert_rounded(y_R, decoded(name, stored_RC, n), x_I, 1 + n // 64 + 3 + 2 + 15 + 1)
 
 
-@given(places(), seeds)
-def test_widened_rows_are_the_decoded_rows_bit_for_bit(place, seed):
+@every_format
+@given(st.data(), seeds)
+def test_widened_rows_are_the_decoded_rows_bit_for_bit(name, data, seed):
     """Whatever the bits: subnormal, infinite and undefined scales as well."""
-    name, rows, n, start, stride = place
+    place = data.draw(places(name))
+    _, rows, n, start, stride = place
     buffer, stored_RC = stored_rows(place, seed, tame=False)
     room = np.full((rows + 1, n), 7, np.float32)
     address = buffer.ctypes.data + start
@@ -112,10 +131,11 @@ def test_widened_rows_are_the_decoded_rows_bit_for_bit(place, seed):
     assert (room[-1] == 7).all()
 
 
-@given(places(), seeds, st.sampled_from([np.inf, -np.inf, np.nan]), st.data())
-def test_product_with_a_damaged_block_is_not_finite(place, seed, damage, data):
-    name, rows, n, _, _ = place
-    form = FORMATS[name]
+@every_format
+@given(st.data(), seeds, st.sampled_from([np.inf, -np.inf, np.nan]))
+def test_product_with_a_damaged_block_is_not_finite(name, data, seed, damage):
+    place, form = data.draw(places(name)), FORMATS[name]
+    rows, n = place.rows, place.n
     buffer, stored_RC = stored_rows(place, seed, tame=True)
     r, block = (data.draw(st.integers(0, most - 1)) for most in (rows, n // form.weights))
     at = block * form.nbytes + data.draw(st.sampled_from(HALVES.get(name, [0])))

@@ -10,11 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from numba import types
-from numba.extending import intrinsic
 
 from llama3np.kernels.cpu import ir
 from llama3np.kernels.cpu.compiler import jit
-from llama3np.kernels.cpu.ir import Builder, Value, V, const, f32
+from llama3np.kernels.cpu.ir import Builder, V, Value, const, f32, intrinsic
 
 ADDRESS = types.intp
 ROWS = 4  # of weights at a time; with 4 vectors 16 sums, which stay in registers
@@ -28,8 +27,9 @@ def _products(b: Builder, ws: list[Value], xs: list[Value], sums: list[Value]) -
 
 def _folded(b: Builder, sums: list[Value]) -> Value:
     """The lanes of ROWS sums added up: one vector of ROWS numbers."""
-    halves = [ir.fold(b, *sums[pair : pair + 2], 8) for pair in (0, 2)]
-    folded = ir.fold(b, *halves, 4)
+    first, second, third, fourth = sums
+    halves = ir.fold(b, first, second, 8), ir.fold(b, third, fourth, 8)
+    folded = ir.fold(b, halves[0], halves[1], 4)
     for width in (2, 1):
         folded = ir.fold(b, folded, folded, width)
     return folded
