@@ -69,6 +69,11 @@ def load(b: Builder, address: Value, kind: Any) -> Value:
     return b.load(b.inttoptr(address, ir.PointerType()), typ=kind, align=1)
 
 
+def load_f32(b: Builder, row: Value, i: Value, count: int = V) -> Value:
+    """float32 numbers of a row, from the i-th."""
+    return load(b, at(b, row, 4, i), vector(f32, count))
+
+
 def store(b: Builder, value: Value, address: Value) -> None:
     """Write a scalar or vector anywhere."""
     b.store(value, b.inttoptr(address, ir.PointerType()), align=1)
@@ -95,6 +100,13 @@ def splat(b: Builder, scalar: Value, count: int = V) -> Value:
     nothing = ir.Constant(vector(scalar.type, count), ir.Undefined)
     first = b.insert_element(nothing, scalar, ir.Constant(i32, 0))
     return pick(b, first, [0] * count)
+
+
+def look_up(b: Builder, table: Value, index: Value) -> Value:
+    """table[index & 15] of a table of 16 float32, with AVX-512 alone."""
+    kind = ir.FunctionType(table.type, [table.type, index.type])
+    name = "llvm.x86.avx512.permvar.sf.512"
+    return b.call(cgutils.get_or_insert_function(b.module, kind, name), [table, index])
 
 
 def total(b: Builder, value: Value) -> Value:
