@@ -6,10 +6,19 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from llama3np.backend import namespace
 from llama3np.errors import InputError
+
+# How keys and values may be stored: "f32" is exact, the others round every number once, to the
+# nearest (ties to even). float16 has 11 bits for numbers up to 65504, bfloat16 8 for all.
+KV_DTYPES = {
+    "f32": np.dtype(np.float32),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "f16": np.dtype(np.float16),
+}
 
 
 class Window(NamedTuple):
@@ -30,6 +39,9 @@ class Cache:
     k, v: a list of L arrays k_BKSH, v_BKSH with S = max_seq_len slots.
     lengths_B: host integers, the tokens that each row holds. Slots from there on hold nothing
     yet, or a trimmed past: they are finite, never seen, and overwritten.
+
+    The dtype is that of the arithmetic, or beside float32 one of 16 bits (see kv_dtype): writing
+    rounds, and who reads k_BKSH and v_BKSH widens.
     """
 
     def __init__(self, k: list[Any], v: list[Any], lengths_B: np.ndarray):
@@ -53,14 +65,18 @@ class Cache:
     # ---- what a forward pass does -------------------------------------------------------------
 
     def check(self, config: Any, dtype: Any) -> None:
-        """Raise InputError if this is the cache of another model or another precision."""
-        expected = config.n_layers, config.n_kv_heads, config.head_dim, str(np.dtype(dtype))
+        """Raise InputError if this is the cache of another model or another precision.
+
+        dtype is that of the arithmetic.
+        """
+        expected = config.n_layers, config.n_kv_heads, config.head_dim
         k = self.k[0]
-        found = len(self.k), k.shape[1], k.shape[3], str(k.dtype)
-        if found != expected:
+        found = len(self.k), k.shape[1], k.shape[3]
+        allowed = [str(allowed) for allowed in _stored_dtypes(dtype)]
+        if found != expected or str(k.dtype) not in allowed:
             raise InputError(
-                f"cache: expected (layers, key/value heads, head size, dtype) {expected}, "
-                f"found {found}"
+                f"cache: expected (layers, key/value heads, head size) {expected} in "
+                f"{' or '.join(allowed)}, found {found} in {k.dtype}"
             )
 
     def window(self, shape_BT: tuple[int, int], new_B: Any = None) -> Window:
@@ -147,6 +163,7 @@ def new_cache(
 ) -> Cache:
     """Return an empty cache for a batch of rows of at most max_seq_len tokens each.
 
+    dtype is that of the keys and values; see kv_dtype for one of fewer bits than the arithmetic's.
     Zeros, not uninitialised memory: a masked slot has probability 0, and 0 * NaN would be NaN.
     Untouched pages of zeros cost nothing until they are written. Raises InputError for a batch
     or length below 1.
@@ -157,3 +174,24 @@ def new_cache(
     shape = (batch, config.n_kv_heads, max_seq_len, config.head_dim)
     k, v = ([xp.zeros(shape, dtype) for _ in range(config.n_layers)] for _ in "kv")
     return Cache(k, v, np.zeros(batch, dtype=np.int64))
+
+
+def kv_dtype(name: str | None, dtype: Any) -> np.dtype:
+    """The dtype to store keys and values in: by its name in KV_DTYPES, or the arithmetic's if None.
+
+    dtype is that of the arithmetic. Raises InputError for an unknown name, and for any name beside
+    float64: an oracle that rounds is none.
+    """
+    if name is None:
+        return np.dtype(dtype)
+    allowed = [each for each, stored in KV_DTYPES.items() if stored in _stored_dtypes(dtype)]
+    if name not in allowed:
+        words = ", ".join(allowed) or "none, as it is float64's own"
+        raise InputError(f"kv-dtype: expected one of {words}, found {name!r}")
+    return KV_DTYPES[name]
+
+
+def _stored_dtypes(dtype: Any) -> list[np.dtype]:
+    """What may hold the keys and values of this arithmetic, its own type first."""
+    own = np.dtype(dtype)
+    return list(KV_DTYPES.values()) if own == np.float32 else [own]

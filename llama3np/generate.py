@@ -11,8 +11,9 @@ from llama3np.cache import Cache
 from llama3np.errors import InputError
 from llama3np.sample import Sampling, choose, log_softmax
 
-# Tokens in one call, over all rows. It bounds the scores, N x CHUNK x S, and the logits of score.
-CHUNK = 256
+# Tokens in one call of a prefill, over all rows, unless told otherwise: enough for the products to
+# run at full speed. It bounds the activations, and the logits of score.
+CHUNK = 512
 
 # (ids_BT, cache, new_B, last_only) -> logits on the host; the cache is advanced.
 Forward = Callable[[np.ndarray, Cache, np.ndarray, bool], np.ndarray]
@@ -37,24 +38,31 @@ def pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def chunks(
-    forward: Forward, cache: Cache, prompts: Sequence[Sequence[int]], last_only: bool
+    forward: Forward,
+    cache: Cache,
+    prompts: Sequence[Sequence[int]],
+    last_only: bool,
+    chunk: int = CHUNK,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Feed the prompts by chunks of columns; yield (logits_BTV, left_B, new_B) of each.
 
-    Of the left_B tokens that a row still had, the first new_B were in this chunk.
+    A chunk has at most `chunk` tokens over all rows, or one of each if they are more. Of the left_B
+    tokens that a row still had, the first new_B were in this chunk.
     """
     ids_BT, lengths_B = pad(prompts)
-    step = max(1, CHUNK // len(prompts))
+    step = max(1, chunk // len(prompts))
     for start in range(0, ids_BT.shape[1], step):
         part_BT = ids_BT[:, start : start + step]
         new_B = np.clip(lengths_B - start, 0, part_BT.shape[1])
         yield forward(part_BT, cache, new_B, last_only), lengths_B - start, new_B
 
 
-def prefill(forward: Forward, cache: Cache, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+def prefill(
+    forward: Forward, cache: Cache, prompts: Sequence[Sequence[int]], chunk: int = CHUNK
+) -> np.ndarray:
     """Feed the prompts, a list of ids for each row; return logits_BV after each row's last id."""
     logits_BV: Any = None
-    for logits_B1V, left_B, new_B in chunks(forward, cache, prompts, last_only=True):
+    for logits_B1V, left_B, new_B in chunks(forward, cache, prompts, True, chunk):
         logits_BV = np.empty_like(logits_B1V[:, 0]) if logits_BV is None else logits_BV
         ends_here = (left_B > 0) & (left_B == new_B)
         logits_BV[ends_here] = logits_B1V[ends_here, 0]
@@ -69,14 +77,16 @@ def generate(
     sampling: Sampling,
     stop_ids: Collection[int],
     logprobs: bool = False,
+    chunk: int = CHUNK,
 ) -> Iterator[list[Token]]:
     """Yield, step by step, the new token of every row that is still running.
 
     A row ends with its first stop id (which is yielded) or its max_new_tokens-th token; the other
-    rows are not touched by that. The last token of a row has been chosen but not fed.
+    rows are not touched by that. The last token of a row has been chosen but not fed. The prompts
+    are fed in chunks of that many tokens, all rows together.
     """
     generators = [sampling.generator(row) for row in range(len(prompts))]
-    logits_BV = prefill(forward, cache, prompts)
+    logits_BV = prefill(forward, cache, prompts, chunk)
     running = list(range(len(prompts)))
     for count in range(1, max_new_tokens + 1):
         tokens = []
@@ -95,14 +105,12 @@ def generate(
         logits_BV = forward(ids_B1, cache, new_B, True)[:, 0]
 
 
-def score(forward: Forward, cache: Cache, ids: Sequence[int]) -> np.ndarray:
+def score(forward: Forward, cache: Cache, ids: Sequence[int], chunk: int = CHUNK) -> np.ndarray:
     """The log-probability (natural, float64) of each id after the first, given those before it."""
     if len(ids) < 2:
         raise InputError(f"score: expected at least 2 token ids, found {len(ids)}")
-    parts, start = [], 0
-    for logits_1TV, _, _ in chunks(forward, cache, [ids[:-1]], last_only=False):
-        T = logits_1TV.shape[1]
-        targets_T = np.asarray(ids[start + 1 : start + 1 + T])
-        parts.append(log_softmax(logits_1TV[0])[np.arange(T), targets_T])
-        start += T
-    return np.concatenate(parts)
+    logprobs: list[np.float64] = []
+    for logits_1TV, _, _ in chunks(forward, cache, [ids[:-1]], False, chunk):
+        for logits_V in logits_1TV[0]:  # one at a time: float64 of all would be gigabytes
+            logprobs.append(log_softmax(logits_V)[ids[len(logprobs) + 1]])
+    return np.array(logprobs)

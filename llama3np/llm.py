@@ -16,8 +16,8 @@ from llama3np.chat import chat_ids
 from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.kernels import stored
-from llama3np.model import forward
-from llama3np.numerics import profile
+from llama3np.kernels.engine import make_engine
+from llama3np.numerics import cache_dtype, profile
 from llama3np.params import Params, check, named
 from llama3np.sample import GREEDY, Sampling
 
@@ -59,6 +59,10 @@ class Llama:
         max_seq_len: int | None = None,
         layout: str = "arrays",
         sampling: Sampling = GREEDY,
+        engine: str | None = None,
+        threads: int | None = None,
+        kv_dtype: str | None = None,
+        prefill_chunk: int | None = None,
     ):
         check(params, config)
         if tokenizer is not None and tokenizer.n_vocab > config.vocab_size:
@@ -77,12 +81,18 @@ class Llama:
         self.stop_ids = frozenset(as_ids(stop_ids))
         own = min(config.context_length, DEFAULT_CONTEXT)
         self.max_seq_len = own if max_seq_len is None else as_count("max_seq_len", max_seq_len, 1)
+        self.cache_dtype = cache_dtype(kv_dtype, self.profile)
+        chunk = generation.CHUNK if prefill_chunk is None else prefill_chunk
+        self.prefill_chunk = as_count("prefill_chunk", chunk, 1)
+        threads = None if threads is None else as_count("threads", threads, 1)
+        self.engine = make_engine(engine, threads, self.params, config, self.profile)
 
     def __repr__(self) -> str:
         c = self.config
         return (
             f"Llama({self.layout}: {c.n_layers} layers, width {c.dim}, {c.n_heads} query and "
-            f"{c.n_kv_heads} key/value heads, vocabulary {c.vocab_size}, {self.profile.name})"
+            f"{c.n_kv_heads} key/value heads, vocabulary {c.vocab_size}, {self.profile.name}, "
+            f"engine {self.engine.name})"
         )
 
     # ---- the model ----------------------------------------------------------------------------
@@ -90,7 +100,7 @@ class Llama:
     def new_cache(self, batch: int = 1, max_seq_len: int | None = None) -> Cache:
         """An empty cache for `batch` rows of at most max_seq_len tokens (the model's, if None)."""
         length = self.max_seq_len if max_seq_len is None else max_seq_len
-        return new_cache(self.config, batch, length, self.profile.dtype)
+        return new_cache(self.config, batch, length, self.cache_dtype)
 
     def forward(
         self,
@@ -117,24 +127,10 @@ class Llama:
             raise InputError("token ids: expected at least one in every row, found an empty row")
         ids_BT, new_B = generation.pad(rows)
         cache = self.new_cache(*ids_BT.shape) if cache is None else cache
-        return self._run(ids_BT, cache, new_B, last_only, tap)
+        return self.engine.forward(ids_BT, cache, new_B, tap, last_only)
 
-    def _run(
-        self, ids_BT: np.ndarray, cache: Cache, new_B: np.ndarray, last_only: bool, tap: Any = None
-    ) -> np.ndarray:
-        # Damaged weights overflow: choose says so in a sentence, NumPy's warnings add nothing.
-        with np.errstate(over="ignore", invalid="ignore"):
-            logits_BTV, _ = forward(
-                self.params,
-                self.config,
-                ids_BT,
-                cache,
-                new_B,
-                self.profile.dtype,
-                tap=tap,
-                last_only=last_only,
-            )
-        return logits_BTV
+    def _run(self, ids_BT: np.ndarray, cache: Cache, new_B: Any, last_only: bool) -> np.ndarray:
+        return self.engine.forward(ids_BT, cache, new_B, None, last_only)
 
     # ---- text ---------------------------------------------------------------------------------
 
@@ -256,7 +252,16 @@ class Llama:
             return iter(())
         if cache is None:
             cache = self.new_cache(len(batch), longest + max_new_tokens)
-        return generation.generate(self._run, cache, batch, max_new_tokens, chosen, stops, logprobs)
+        return generation.generate(
+            self._run,
+            cache,
+            batch,
+            max_new_tokens,
+            chosen,
+            stops,
+            logprobs,
+            chunk=self.prefill_chunk,
+        )
 
     def _completion(self, prompt_ids: list[int], tokens: list[generation.Token]) -> Completion:
         ids = [token.id for token in tokens]
@@ -274,7 +279,7 @@ class Llama:
         ids = self.encode(text)
         if len(ids) > self.max_seq_len:
             raise InputError(f"score: {len(ids)} tokens exceed max_seq_len {self.max_seq_len}")
-        return generation.score(self._run, self.new_cache(1, len(ids)), ids)
+        return generation.score(self._run, self.new_cache(1, len(ids)), ids, self.prefill_chunk)
 
 
 # ---- what users hand in ------------------------------------------------------------------------
@@ -329,15 +334,25 @@ def load(
     max_seq_len: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
     rope_factor: float | None = None,
+    *,
+    engine: str | None = None,
+    threads: int | None = None,
+    kv_dtype: str | None = None,
+    prefill_chunk: int | None = None,
 ) -> Llama:
     """Load a checkpoint: a Hugging Face or Meta directory, a .gguf file, a llama2.c .bin file.
 
     path: the file or directory, or the name of a model installed here ("smollm2").
-    device: "cpu". dtype: the profile, "float32" or "float64". max_seq_len: the most tokens of a
-    prompt and its continuation; the model's own, and at most 8192, if None.
+    device: "cpu". dtype: the profile, "float32", "float64", or "bf16-mm" for bf16 weights.
+    max_seq_len: the most tokens of a prompt and its continuation; the model's own, and at most
+    8192, if None.
     progress(done, total, name): is told the bytes that are read and converted; mapped ones are not.
     rope_factor: of a Meta directory with use_scaled_rope, whose files do not tell it; 32 for the
     widths of 3.2 1B and 3B, else 8, if None.
+    engine: "numpy", or "numba" for compiled kernels (the extra `fast`); that where it is installed,
+    if None. threads: as many as there are physical cores, if None. kv_dtype: what keys and values
+    are stored as, "f32", "bf16" or "f16"; the profile's own type if None. prefill_chunk: tokens of
+    a prompt that go through the model at once, over all rows.
     Raises InputError, in one sentence, for whatever cannot be used, and of it CheckpointError if
     it is a file's fault.
     """
@@ -357,4 +372,8 @@ def load(
         max_seq_len=max_seq_len,
         layout=checkpoint.layout,
         sampling=checkpoint.sampling,
+        engine=engine,
+        threads=threads,
+        kv_dtype=kv_dtype,
+        prefill_chunk=prefill_chunk,
     )

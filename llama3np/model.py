@@ -61,9 +61,9 @@ def attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, see):
     The G queries of a group stand as rows of one matrix, so keys and values are never repeated.
     """
     (B, T, N, H), (K, S) = q_BTNH.shape, k_BKSH.shape[1:3]
-    xp, G = namespace(q_BTNH), N // K
+    xp, G, k_BKHS = namespace(q_BTNH), N // K, widen(k_BKSH).swapaxes(2, 3)
     q_BKGTH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
-    raw_BKGTS = (q_BKGTH.reshape(B, K, G * T, H) @ k_BKSH.swapaxes(2, 3)).reshape(B, K, G, T, S)
+    raw_BKGTS = (q_BKGTH.reshape(B, K, G * T, H) @ k_BKHS).reshape(B, K, G, T, S)
     # The query at position p stands in row p - length, because the cache holds the rows before it;
     # it sees the keys at 0..p. This one mask serves prefill, chunks, decode and ragged rows.
     visible_B11TS = xp.arange(S) <= positions_BT[:, None, None, :, None]
@@ -72,7 +72,7 @@ def attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, see):
     powers_BKGTS = xp.exp(scores_BKGTS - scores_BKGTS.max(axis=-1, keepdims=True))
     probs_BKGTS = powers_BKGTS / powers_BKGTS.sum(axis=-1, keepdims=True)
     see("probs", probs_BKGTS.reshape(B, N, T, S))
-    attn_BKGTH = (probs_BKGTS.reshape(B, K, G * T, S) @ v_BKSH).reshape(B, K, G, T, H)
+    attn_BKGTH = (probs_BKGTS.reshape(B, K, G * T, S) @ widen(v_BKSH)).reshape(B, K, G, T, H)
     return attn_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from queue import SimpleQueue
 from typing import Any
 
 from threadpoolctl import ThreadpoolController
+
+Queue = SimpleQueue[Callable[[int], Any] | None]
 
 # ---- how many ---------------------------------------------------------------------------------
 
@@ -62,7 +65,7 @@ class Pool:
 
     def __init__(self, threads: int):
         self.threads = threads
-        self._queues: list[SimpleQueue[Callable[[int], Any]]] = []
+        self._queues: list[Queue] = []
         self._lock = threading.Lock()
         self._process = 0  # whose threads these are: a fork has none of them
 
@@ -88,7 +91,7 @@ class Pool:
             return
         _Map(task, count).run(self)
 
-    def _helpers(self) -> list[SimpleQueue[Callable[[int], Any]]]:
+    def _helpers(self) -> list[Queue]:
         if self._process != os.getpid():
             with self._lock:
                 if self._process != os.getpid():
@@ -96,16 +99,23 @@ class Pool:
         return self._queues
 
     def _start(self) -> None:
-        self._queues = [SimpleQueue() for _ in range(1, self.threads)]
-        for worker, queue in enumerate(self._queues, 1):
+        queues: list[Queue] = [SimpleQueue() for _ in range(1, self.threads)]
+        for worker, queue in enumerate(queues, 1):
             name = f"llama3np-{worker}"
             threading.Thread(target=_serve, args=(queue, worker), name=name, daemon=True).start()
-        self._process = os.getpid()
+        weakref.finalize(self, _dismiss, queues)
+        self._queues, self._process = queues, os.getpid()
 
 
-def _serve(queue: SimpleQueue[Callable[[int], Any]], worker: int) -> None:
-    while True:
-        queue.get()(worker)
+def _serve(queue: Queue, worker: int) -> None:
+    while (job := queue.get()) is not None:
+        job(worker)
+        del job  # what it holds on to need not live until the next one comes
+
+
+def _dismiss(queues: list[Queue]) -> None:
+    for queue in queues:
+        queue.put(None)
 
 
 class _Map:

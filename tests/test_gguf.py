@@ -5,7 +5,6 @@ import json
 import struct
 import time
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
 
 import gguf
 import ml_dtypes
@@ -17,19 +16,11 @@ from hypothesis import strategies as st
 
 from llama3np.errors import InputError
 from llama3np.kernels import ggml as dequant
-from llama3np.kernels.ggml import FORMATS
+from llama3np.kernels.ggml import FORMATS, decode, decode_rows
 from llama3np.load import gguf as ours
 from llama3np.load.gguf import Raw
 
 BLOCKS = [name for name, form in FORMATS.items() if form.dtype is None]
-
-
-def decode(type_name, stored, shape):
-    with ThreadPoolExecutor(2) as pool:
-        weights, futures = dequant.start_decoding(type_name, stored, shape, pool)
-        for future in futures:
-            future.result()
-    return weights
 
 
 def assert_same_bits(actual, expected):
@@ -67,14 +58,17 @@ def test_any_block_decodes_as_the_gguf_package_decodes_it(type_name, data):
 
 
 @pytest.mark.parametrize("type_name", BLOCKS)
-def test_many_random_blocks_decode_alike_however_they_are_cut_into_tasks(type_name, monkeypatch):
+def test_many_random_blocks_decode_alike_in_pieces_of_any_size(type_name, monkeypatch):
     form = FORMATS[type_name]
     stored = np.random.default_rng(3).integers(0, 256, (7, 100 * form.nbytes), np.uint8)
     with np.errstate(all="ignore"):
         expected = gguf.dequantize(stored, gguf.GGMLQuantizationType[type_name])
-    for task_weights in (1 << 20, 3 * form.weights):
-        monkeypatch.setattr(dequant, "TASK_WEIGHTS", task_weights)
+    for piece in (1 << 20, 3 * form.weights, 250 * form.weights, 1):
+        monkeypatch.setattr(dequant, "PIECE", piece)
         assert_same_bits(decode(type_name, stored, expected.shape), expected)
+        rows = np.empty(expected.shape, np.float32)
+        decode_rows(type_name, stored, rows)
+        assert_same_bits(rows, expected)
 
 
 ONE, TWO = struct.pack("<e", 1), struct.pack("<e", 2)

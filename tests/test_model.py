@@ -1,7 +1,7 @@
 """The spec against the equations: the operations by their invariances, the forward pass whole.
 
 The algebraic properties are stated in float64, where EXACT leaves room for a million roundings
-and for no mistake. What float32 is allowed is not chosen but measured: see `noise`.
+and for no mistake. What float32 is allowed is not chosen but measured: see noise.py.
 """
 
 import json
@@ -12,9 +12,10 @@ from dataclasses import replace
 import numpy as np
 import oracle
 import pytest
-from checks import assert_close, assert_same, difference
+from checks import assert_close, assert_same
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from noise import NOISE, ULP32, noise, oracle_taps
 from paths import shared
 from runs import extend, run, trace
 from strategies import (
@@ -51,8 +52,6 @@ from llama3np.model import (
 pytestmark = pytest.mark.filterwarnings("error")  # an overflow in a masked slot is a mistake too
 
 EXACT = 1e-10  # 2^-53 times a million
-ULP32 = 2.0**-23
-NOISE = 8  # times the noise of a case; of 200,000 taps measured none was above 3.2 times
 
 LAYER_TAPS = [
     *("attn_norm", "q", "k", "v", "q_rope", "k_rope", "scores", "probs", "attn", "attn_out"),
@@ -380,32 +379,6 @@ def test_swiglu_of_a_huge_gate_is_the_gate_or_nothing(dtype):
 
 
 # ---- forward against the oracle -----------------------------------------------------------------
-
-
-def oracle_taps(model, ids):
-    return oracle.forward(model.tensors, model.sizes, ids)
-
-
-def noise(model, ids, truth):
-    """How far a float32 forward strays from the oracle, by tap, for this model and these ids.
-
-    The largest of four samples: the same scalar loops in float32, and three times in float64
-    with every weight moved by up to one float32 ulp, which does to each sum what the rounding of
-    its terms does. One sample would not do: a tap of one number may have been rounded luckily.
-    Noise is handed on, so that of a tap is never taken to be below that of the taps before it.
-    """
-    rng = np.random.default_rng(model.seed)
-    samples = [oracle.forward(model.tensors, model.sizes, ids, np.float32)]
-    for _ in range(3):
-        moved = {
-            name: w * (1 + ULP32 * rng.uniform(-1, 1, w.shape)) for name, w in model.tensors.items()
-        }
-        samples.append(oracle.forward(moved, model.sizes, ids))
-    floors = [
-        max(difference(sample[name], expected) for sample in samples)
-        for name, expected in truth.items()
-    ]
-    return dict(zip(truth, np.maximum.accumulate(floors), strict=True))
 
 
 @given(runs())

@@ -201,7 +201,7 @@ def test_the_structure_is_shown_as_a_tree(capsys):
 
 def test_a_gguf_is_told_by_its_header_alone(capsys, monkeypatch):
     path = paths.smollm2_gguf()
-    monkeypatch.setattr(sys.modules["llama3np.load.gguf"], "start_decoding", None)
+    monkeypatch.setattr(sys.modules["llama3np.load.gguf"], "decode", None)
     facts = info(capsys, path)
     assert facts["parameters"] == 134_515_008
     assert facts["bytes"]["Q4_1"] == 66_355_200  # 106,168,320 weights, 20 bytes for 32

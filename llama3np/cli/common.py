@@ -15,10 +15,12 @@ from typing import Any
 from llama3np.chat import FORMATS
 from llama3np.cost import tensor_bytes
 from llama3np.errors import InputError
+from llama3np.generate import CHUNK
+from llama3np.kernels.engine import ENGINES
 from llama3np.llm import Llama, Step, load
 from llama3np.load import Inspection, Stored, inspect
 from llama3np.load.installed import MODELS, resolve
-from llama3np.numerics import PROFILES
+from llama3np.numerics import CACHE_DTYPES, PROFILES
 from llama3np.params import named_shapes
 from llama3np.presets import PRESETS
 
@@ -30,6 +32,12 @@ def load_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", metavar="cpu", help="where to compute")
     parser.add_argument("--dtype", default="float32", choices=PROFILES, help="precision profile")
     parser.add_argument("--max-seq-len", type=int, metavar="N", help="prompt + new tokens at most")
+    parser.add_argument("--engine", choices=ENGINES, help="numba where it is installed")
+    parser.add_argument("--threads", type=int, metavar="N", help="the physical cores if not given")
+    parser.add_argument("--kv-dtype", choices=CACHE_DTYPES, help="of cached keys and values: f32")
+    parser.add_argument(
+        "--prefill-chunk", type=int, metavar="N", help=f"prompt tokens at a time: {CHUNK}"
+    )
     rope_argument(parser)
 
 
@@ -108,6 +116,10 @@ def load_model(args: argparse.Namespace) -> tuple[Llama, float]:
             max_seq_len=args.max_seq_len,
             progress=progress,
             rope_factor=args.rope_factor,
+            engine=args.engine,
+            threads=args.threads,
+            kv_dtype=args.kv_dtype,
+            prefill_chunk=args.prefill_chunk,
         )
     return llm, time.perf_counter() - start
 

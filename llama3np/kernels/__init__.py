@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from llama3np.kernels.blocks import Blocks
 from llama3np.kernels.half import Half
 from llama3np.kernels.joined import Joined
 from llama3np.params import Params, Weight
 
-__all__ = ["Half", "Joined", "stored", "unstored"]
+__all__ = ["Blocks", "Half", "Joined", "stored", "unstored"]
 
 
 def stored(params: Params) -> Params:

@@ -8,31 +8,101 @@ Each decoder takes blocks_RC, R blocks of C bytes each, and fills out_RW, W weig
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from llama3np.kernels.widening import from_half
+
 Decoder = Callable[[np.ndarray, np.ndarray], None]  # (blocks_RC, out_RW)
 
-TASK_WEIGHTS = 1 << 20  # smaller tasks lose time in Python, larger ones need more memory
+# Weights decoded at a time. Each step of a decoder goes over all of them, so they should stay in a
+# core's own cache from one step to the next; fewer would lose time in Python.
+PIECE = 1 << 16
+
+_VOID = {n: np.dtype((np.void, n)) for n in (4, 8, 16)}
 
 # ---- parts of a block ------------------------------------------------------------------------
 
 
-def _f16(blocks_RC: np.ndarray, at: int, count: int = 1) -> np.ndarray:
-    """`count` float16 numbers from byte `at` of each block, as float32 columns."""
-    return np.ascontiguousarray(blocks_RC[:, at : at + 2 * count]).view("<f2").astype(np.float32)
+def _f16(blocks_RC: np.ndarray, *at: int) -> np.ndarray:
+    """The float16 numbers of each block that begin at these bytes, as rows of float32: (J, R)."""
+    bits_JR = np.empty((len(at), len(blocks_RC)), np.int16)
+    for bits_R, start in zip(bits_JR, at, strict=True):
+        bits_R[:] = blocks_RC[:, start : start + 2].view("<i2")[:, 0]
+    return from_half(bits_JR, np.empty(bits_JR.shape, np.float32))
 
 
-def _fields(bytes_XC: np.ndarray, bits: int) -> np.ndarray:
-    """Cut each byte into J fields of `bits`: the lowest of all C bytes, then the next of all.
+def _bytes(blocks_RC: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Bytes start to stop of every block, in one piece: (R, stop - start)."""
+    found_RC = np.empty((len(blocks_RC), stop - start), np.uint8)
+    _copy(blocks_RC[:, start:stop], found_RC)
+    return found_RC
 
-    (X, C) -> (X, J, C), for any axes X.
+
+def _copy(from_RC: np.ndarray, to_RC: np.ndarray) -> None:
+    """Copy bytes that lie together by rows only: 16 at a time, all rows of them in one go.
+
+    That is many times as fast as row by row, where NumPy's steps cost more than the bytes.
     """
-    shifts_J1 = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    return (bytes_XC[..., None, :] >> shifts_J1) & np.uint8(2**bits - 1)
+    unit = _VOID[min(16, from_RC.shape[1])]
+    from_RU, to_RU = from_RC.view(unit), to_RC.view(unit)
+    for i in range(from_RU.shape[1]):
+        to_RU[:, i] = from_RU[:, i]
+
+
+def _fields(packed_RC: np.ndarray, bits: int, C: int) -> np.ndarray:
+    """Cut each byte into fields of `bits`: of every C bytes the lowest, then the next, and so on.
+
+    packed_RC: contiguous. Returns as many fields as there are, (R, W) uint8.
+    """
+    J, packed_XC = 8 // bits, packed_RC.reshape(-1, C)
+    fields_XJC = np.empty((len(packed_XC), J, C), np.uint8)
+    for j in range(J):
+        field_XC = packed_XC >> np.uint8(j * bits)
+        field_XC &= np.uint8(2**bits - 1)
+        _copy(field_XC, fields_XJC[:, j])
+    return fields_XJC.reshape(len(packed_RC), -1)
+
+
+def _bits(packed_RC: np.ndarray) -> np.ndarray:
+    """The bits of each byte, the lowest first: (R, C) -> (R, 8 C)."""
+    return np.unpackbits(packed_RC.reshape(-1), bitorder="little").reshape(len(packed_RC), -1)
+
+
+def _with_high(low_RW: np.ndarray, high_RW: np.ndarray, at: int) -> np.ndarray:
+    """The bits of both, `high` moved up by `at`, in their place."""
+    high_RW <<= np.uint8(at)
+    low_RW |= high_RW
+    return low_RW
+
+
+def _less(q_RW: np.ndarray, by: int) -> np.ndarray:
+    """Unsigned numbers below 128 less `by`, signed, in their place."""
+    signed_RW = q_RW.view(np.int8)
+    signed_RW -= np.int8(by)
+    return signed_RW
+
+
+def _products(d_JR: np.ndarray, *scales_RG: np.ndarray) -> list[np.ndarray]:
+    """Each d with the scales of its block's parts; the second, of minima, turned negative.
+
+    Adding the negative is subtracting, to the last bit.
+    """
+    signs = (1, -1)
+    return [sign * d_R[:, None] * s_RG for sign, d_R, s_RG in zip(signs, d_JR, scales_RG)]  # noqa: B905
+
+
+def _scale(out_RW: np.ndarray, q_RW: np.ndarray, *scales_RG: np.ndarray) -> None:
+    """Fill with scale * q, or scale * q + minimum, one of each for each of a block's G parts.
+
+    The scales are repeated for each weight: one long step is faster than one for each part.
+    """
+    np.copyto(out_RW, q_RW)
+    for operation, scale_RG in zip((np.multiply, np.add), scales_RG, strict=False):
+        every_W = np.repeat(scale_RG.reshape(-1), out_RW.size // scale_RG.size)
+        operation(out_RW, every_W.reshape(out_RW.shape), out=out_RW)
 
 
 def _k_scales(packed_R12: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -58,38 +128,31 @@ def _plain(dtype: np.dtype) -> Decoder:
 
 def _q4_0(blocks_RC: np.ndarray, out_RW: np.ndarray) -> None:
     """float16 d, 16 bytes of two: d * (q - 8)."""
-    out_RW[...] = _fields(blocks_RC[:, 2:], 4).reshape(out_RW.shape)
-    out_RW -= 8
-    out_RW *= _f16(blocks_RC, 0)
+    q_RW = _fields(_bytes(blocks_RC, 2, 18), 4, 16)
+    _scale(out_RW, _less(q_RW, 8), _f16(blocks_RC, 0))
 
 
 def _q4_1(blocks_RC: np.ndarray, out_RW: np.ndarray) -> None:
     """float16 d and m, 16 bytes of two: d * q + m."""
-    out_RW[...] = _fields(blocks_RC[:, 4:], 4).reshape(out_RW.shape)
-    out_RW *= _f16(blocks_RC, 0)
-    out_RW += _f16(blocks_RC, 2)
+    q_RW = _fields(_bytes(blocks_RC, 4, 20), 4, 16)
+    _scale(out_RW, q_RW, *_f16(blocks_RC, 0, 2))
 
 
 def _q5_0(blocks_RC: np.ndarray, out_RW: np.ndarray) -> None:
     """float16 d, 32 fifth bits, 16 bytes of two: d * (q - 16)."""
-    high_RW = np.unpackbits(blocks_RC[:, 2:6], axis=1, bitorder="little")
-    out_RW[...] = _fields(blocks_RC[:, 6:], 4).reshape(out_RW.shape) | (high_RW << 4)
-    out_RW -= 16
-    out_RW *= _f16(blocks_RC, 0)
+    low_RW, high_RW = _fields(_bytes(blocks_RC, 6, 22), 4, 16), _bits(_bytes(blocks_RC, 2, 6))
+    _scale(out_RW, _less(_with_high(low_RW, high_RW, 4), 16), _f16(blocks_RC, 0))
 
 
 def _q5_1(blocks_RC: np.ndarray, out_RW: np.ndarray) -> None:
     """float16 d and m, 32 fifth bits, 16 bytes of two: d * q + m."""
-    high_RW = np.unpackbits(blocks_RC[:, 4:8], axis=1, bitorder="little")
-    out_RW[...] = _fields(blocks_RC[:, 8:], 4).reshape(out_RW.shape) | (high_RW << 4)
-    out_RW *= _f16(blocks_RC, 0)
-    out_RW += _f16(blocks_RC, 2)
+    low_RW, high_RW = _fields(_bytes(blocks_RC, 8, 24), 4, 16), _bits(_bytes(blocks_RC, 4, 8))
+    _scale(out_RW, _with_high(low_RW, high_RW, 4), *_f16(blocks_RC, 0, 2))
 
 
 def _q8_0(blocks_RC: np.ndarray, out_RW: np.ndarray) -> None:
     """float16 d, 32 signed bytes: d * q."""
-    out_RW[...] = blocks_RC[:, 2:].view(np.int8)
-    out_RW *= _f16(blocks_RC, 0)
+    _scale(out_RW, _bytes(blocks_RC, 2, 34).view(np.int8), _f16(blocks_RC, 0))
 
 
 # ---- blocks of 256 weights, with a scale for each 16 or 32 -----------------------------------
@@ -97,60 +160,43 @@ def _q8_0(blocks_RC: np.ndarray, out_RW: np.ndarray) -> None:
 
 def _q2_k(blocks_RC: np.ndarray, out_RW: np.ndarray) -> None:
     """16 scales and minima of 4 bits, 64 bytes of four, float16 d, dmin: d*scale*q - dmin*min."""
-    R = len(blocks_RC)
+    q_RW = _fields(_bytes(blocks_RC, 16, 80), 2, 32)
     scales_R16, minima_R16 = blocks_RC[:, :16] & 15, blocks_RC[:, :16] >> 4
-    out_R16W = out_RW.reshape(R, 16, 16)
-    out_R16W[...] = _fields(blocks_RC[:, 16:80].reshape(R, 2, 32), 2).reshape(R, 16, 16)
-    out_R16W *= (_f16(blocks_RC, 80) * scales_R16)[..., None]
-    out_R16W -= (_f16(blocks_RC, 82) * minima_R16)[..., None]
+    _scale(out_RW, q_RW, *_products(_f16(blocks_RC, 80, 82), scales_R16, minima_R16))
 
 
 def _q3_k(blocks_RC: np.ndarray, out_RW: np.ndarray) -> None:
     """256 third bits, 64 bytes of four, 16 scales of 6 bits, float16 d: d*(scale-32)*(q-4)."""
-    R = len(blocks_RC)
-    third_RW = _fields(blocks_RC[:, :32], 1).reshape(R, 256)
-    low_RW = _fields(blocks_RC[:, 32:96].reshape(R, 2, 32), 2).reshape(R, 256)
-    low_R16 = _fields(blocks_RC[:, 96:104], 4).reshape(R, 16)
-    high_R16 = _fields(blocks_RC[:, 104:108], 2).reshape(R, 16)
-    scales_R16 = (low_R16 | (high_R16 << 4)).astype(np.int8) - np.int8(32)
-    out_RW[...] = low_RW | (third_RW << 2)
-    out_RW -= 4
-    out_R16W = out_RW.reshape(R, 16, 16)
-    out_R16W *= (_f16(blocks_RC, 108) * scales_R16)[..., None]
+    low_R16 = _fields(_bytes(blocks_RC, 96, 104), 4, 8)
+    scales_R16 = _with_high(low_R16, _fields(_bytes(blocks_RC, 104, 108), 2, 4), 4)
+    low_RW = _fields(_bytes(blocks_RC, 32, 96), 2, 32)
+    third_RW = _fields(_bytes(blocks_RC, 0, 32), 1, 32)
+    d_R16 = _products(_f16(blocks_RC, 108), _less(scales_R16, 32))
+    _scale(out_RW, _less(_with_high(low_RW, third_RW, 2), 4), *d_R16)
 
 
 def _q4_k(blocks_RC: np.ndarray, out_RW: np.ndarray) -> None:
     """float16 d, dmin, 8 scales and minima of 6 bits, 128 bytes of two: d*scale*q - dmin*min."""
-    R = len(blocks_RC)
-    q_R8W = _fields(blocks_RC[:, 16:].reshape(R, 4, 32), 4).reshape(R, 8, 32)
-    _scale_q4_q5(blocks_RC, q_R8W, out_RW)
+    _scale(out_RW, _fields(_bytes(blocks_RC, 16, 144), 4, 32), *_scales_q4_q5(blocks_RC))
 
 
 def _q5_k(blocks_RC: np.ndarray, out_RW: np.ndarray) -> None:
     """As Q4_K, with 256 fifth bits between the scales and the bytes."""
-    R = len(blocks_RC)
-    high_R8W = _fields(blocks_RC[:, 16:48], 1)
-    low_R8W = _fields(blocks_RC[:, 48:].reshape(R, 4, 32), 4).reshape(R, 8, 32)
-    _scale_q4_q5(blocks_RC, low_R8W | (high_R8W << 4), out_RW)
+    low_RW = _fields(_bytes(blocks_RC, 48, 176), 4, 32)
+    high_RW = _fields(_bytes(blocks_RC, 16, 48), 1, 32)
+    _scale(out_RW, _with_high(low_RW, high_RW, 4), *_scales_q4_q5(blocks_RC))
 
 
-def _scale_q4_q5(blocks_RC: np.ndarray, q_R8W: np.ndarray, out_RW: np.ndarray) -> None:
-    scales_R8, minima_R8 = _k_scales(blocks_RC[:, 4:16])
-    out_R8W = out_RW.reshape(q_R8W.shape)
-    out_R8W[...] = q_R8W
-    out_R8W *= (_f16(blocks_RC, 0) * scales_R8)[..., None]
-    out_R8W -= (_f16(blocks_RC, 2) * minima_R8)[..., None]
+def _scales_q4_q5(blocks_RC: np.ndarray) -> list[np.ndarray]:
+    return _products(_f16(blocks_RC, 0, 2), *_k_scales(blocks_RC[:, 4:16]))
 
 
 def _q6_k(blocks_RC: np.ndarray, out_RW: np.ndarray) -> None:
     """128 bytes of two, 64 of four high pairs, 16 signed scales, float16 d: d*scale*(q-32)."""
-    R = len(blocks_RC)
-    low_RW = _fields(blocks_RC[:, :128].reshape(R, 2, 64), 4).reshape(R, 256)
-    high_RW = _fields(blocks_RC[:, 128:192].reshape(R, 2, 32), 2).reshape(R, 256)
-    out_RW[...] = low_RW | (high_RW << 4)
-    out_RW -= 32
-    out_R16W = out_RW.reshape(R, 16, 16)
-    out_R16W *= (_f16(blocks_RC, 208) * blocks_RC[:, 192:208].view(np.int8))[..., None]
+    low_RW = _fields(_bytes(blocks_RC, 0, 128), 4, 64)
+    q_RW = _with_high(low_RW, _fields(_bytes(blocks_RC, 128, 192), 2, 32), 4)
+    scales_R16 = _bytes(blocks_RC, 192, 208).view(np.int8)
+    _scale(out_RW, _less(q_RW, 32), *_products(_f16(blocks_RC, 208), scales_R16))
 
 
 # ---- the table, and whole tensors ------------------------------------------------------------
@@ -192,32 +238,28 @@ OTHER_TYPES = {
 }  # fmt: skip
 
 
-def start_decoding(
-    type_name: str, stored: np.ndarray, shape: tuple[int, ...], pool: Executor
-) -> tuple[np.ndarray, list[Future]]:
-    """Decode a tensor's bytes (any shape, uint8) in `pool`, into a new float32 array.
-
-    The array is whole when every future is done; NumPy works without the interpreter's lock, so
-    threads share the work. `type_name` is a key of FORMATS that has a decoder.
-    """
-    form = FORMATS[type_name]
-    weights = np.empty(shape, np.float32)
-    blocks_RC, out_RW = stored.reshape(-1, form.nbytes), weights.reshape(-1, form.weights)
-    step = TASK_WEIGHTS // form.weights
-    return weights, [
-        pool.submit(_decode, form, blocks_RC[i : i + step], out_RW[i : i + step])
-        for i in range(0, len(blocks_RC), step)
-    ]
-
-
 def decode(type_name: str, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Decode bytes as start_decoding does, at once."""
-    form = FORMATS[type_name]
+    """Decode a tensor's bytes (uint8, any shape), into a new float32 array of `shape`."""
     weights = np.empty(shape, np.float32)
+    form = FORMATS[type_name]
     _decode(form, stored.reshape(-1, form.nbytes), weights.reshape(-1, form.weights))
     return weights
 
 
+def decode_rows(type_name: str, stored_NC: np.ndarray, out_NW: np.ndarray) -> None:
+    """Decode rows into `out_NW`, float32 and contiguous; of `stored_NC` only the rows must be.
+
+    A few rows at a time, so that rows which lie apart are not gathered as a whole.
+    """
+    form = FORMATS[type_name]
+    step = max(1, PIECE // max(1, out_NW.shape[1]))
+    for i in range(0, len(out_NW), step):
+        blocks_RC = stored_NC[i : i + step].reshape(-1, form.nbytes)
+        _decode(form, blocks_RC, out_NW[i : i + step].reshape(-1, form.weights))
+
+
 def _decode(form: Format, blocks_RC: np.ndarray, out_RW: np.ndarray) -> None:
+    step = max(1, PIECE // form.weights)
     with np.errstate(all="ignore"):  # a scale that is inf or nan decodes to what it decodes to
-        form.decode(blocks_RC, out_RW)
+        for i in range(0, len(blocks_RC), step):
+            form.decode(blocks_RC[i : i + step], out_RW[i : i + step])

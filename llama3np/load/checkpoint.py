@@ -24,9 +24,9 @@ DTYPES = {
 class Checkpoint(NamedTuple):
     """One model as its files hold it.
 
-    Matrices are mapped float32, float16 or bfloat16 arrays, read-only and not copied, or float32
-    decoded from GGUF blocks, or a kernels.Joined of the shards of Meta's files. Norm vectors are
-    float32 whatever the file has.
+    Matrices are mapped float32, float16 or bfloat16 arrays, read-only and not copied, or a
+    kernels.Blocks of a GGUF file, or a kernels.Joined of the shards of Meta's files. Norm vectors
+    are float32 whatever the file has.
     """
 
     config: Config

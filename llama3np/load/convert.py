@@ -21,6 +21,7 @@ import numpy as np
 
 from llama3np.config import Config
 from llama3np.errors import InputError
+from llama3np.kernels import Blocks
 from llama3np.kernels.ggml import FORMATS
 from llama3np.load import carry, names, quantize
 from llama3np.load.checkpoint import DTYPES
@@ -28,7 +29,7 @@ from llama3np.load.files import new_directory, refuse_existing
 from llama3np.load.gguf import save_gguf
 from llama3np.load.gguf_file import Raw
 from llama3np.load.huggingface import save_hf
-from llama3np.load.lazy import Progress, Rows
+from llama3np.load.lazy import Progress, Rows, decoded
 from llama3np.load.meta import save_meta
 from llama3np.load.opened import Opened, open_checkpoint
 from llama3np.params import from_named
@@ -121,12 +122,12 @@ def _tensors(opened: Opened, order: Order) -> tuple[Config, dict[str, Any]]:
     config = replace(opened.config, rope_pairing="half" if order.to == "hf" else "interleaved")
     tensors = {}
     for name, w in opened.tensors.items():
-        raw = opened.raws.get(name)
-        keeps = raw is not None and order.dtype in (None, raw.type.lower())
-        if order.to == "gguf" and keeps and w.ndim == 2:  # GGUF's rows are in one order always
-            tensors[name] = raw
+        keeps = isinstance(w, Blocks) and order.dtype in (None, w.type.lower())
+        if order.to == "gguf" and keeps:  # GGUF's rows are in one order always
+            tensors[name] = w
         else:
-            tensors[name] = _stored_as(_in_order(name, w, opened.config, config), name, order)
+            plain = _in_order(name, decoded(w), opened.config, config)
+            tensors[name] = _stored_as(plain, name, order)
     return config, tensors
 
 
@@ -182,7 +183,7 @@ def _file_type(tensors: Mapping[str, Any]) -> dict[str, Any]:
     weights: dict[str, int] = {}
     for w in tensors.values():
         if len(w.shape) == 2:
-            type_name = w.type if isinstance(w, Raw) else type_of[np.dtype(w.dtype)]
+            type_name = w.type if isinstance(w, (Raw, Blocks)) else type_of[np.dtype(w.dtype)]
             weights[type_name] = weights.get(type_name, 0) + w.shape[0] * w.shape[1]
     return {
         "general.file_type": _FILE_TYPES[max(weights, key=weights.__getitem__)],

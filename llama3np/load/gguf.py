@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +10,8 @@ import numpy as np
 
 from llama3np.config import Config, from_gguf, scaling_from_divisors
 from llama3np.errors import CheckpointError, InputError
-from llama3np.kernels import unstored
-from llama3np.kernels.ggml import FORMATS, start_decoding
+from llama3np.kernels import Blocks, unstored
+from llama3np.kernels.ggml import FORMATS, decode
 from llama3np.load import names
 from llama3np.load.checkpoint import Checkpoint, Progress, assemble, report
 from llama3np.load.files import view
@@ -37,12 +34,14 @@ __all__ = [
 
 
 def load(path: Path, progress: Progress | None = None) -> Checkpoint:
-    """Load a Llama model. F32, F16 and BF16 matrices stay mapped; blocks are decoded to float32.
+    """Load a Llama model. Matrices stay mapped, in blocks as well; vectors become float32.
 
     Raises CheckpointError for all that is not as it should be.
     """
     gguf, config, matched, layout = open_file(path)
-    params = assemble(_weights(gguf, matched, progress), config)
+    weights = {ours: matrix_or_vector(gguf, theirs) for ours, theirs in matched.items()}
+    report(progress, {name: w.nbytes for name, w in weights.items()}, weights)
+    params = assemble(weights, config)
     tokenizer = tokenizer_of(gguf, path)
     stop_ids = tuple(tokenizer.stop_ids) if tokenizer else ()
     return Checkpoint(config, params, tokenizer, layout, stop_ids)
@@ -86,41 +85,14 @@ def plain_array(gguf: GGUF, name: str) -> np.ndarray:
     return view(gguf.data, dtype, info.shape, info.offset)
 
 
-def _weights(
-    gguf: GGUF, matched: Mapping[str, str], progress: Progress | None
-) -> dict[str, np.ndarray]:
-    """Every tensor by our name; blocks are decoded by a few threads while progress is told."""
-    weights: dict[str, np.ndarray] = {}
-    decoding: dict[str, list[Future]] = {}
-    with _pool() as pool:
-        for ours, theirs in matched.items():
-            info = gguf.tensors[theirs]
-            if FORMATS[info.type].dtype is not None:
-                weights[ours], decoding[ours] = plain_array(gguf, theirs), []
-            else:
-                weights[ours], decoding[ours] = start_decoding(
-                    info.type, gguf.stored(theirs), info.shape, pool
-                )
-        nbytes = {ours: w.nbytes for ours, w in weights.items()}
-        report(progress, nbytes, _as_finished(decoding))
-    return weights
-
-
-def _as_finished(decoding: Mapping[str, list[Future]]) -> Iterator[str]:
-    for name, futures in decoding.items():
-        for future in futures:
-            future.result()
-        yield name
-
-
-@contextmanager
-def _pool() -> Iterator[ThreadPoolExecutor]:
-    """Threads that drop the work still waiting if the block ends by an error or by Ctrl-C."""
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
+def matrix_or_vector(gguf: GGUF, name: str) -> np.ndarray | Blocks:
+    """A tensor as the file has it: plain numbers or a matrix in blocks, mapped; else decoded."""
+    info = gguf.tensors[name]
+    if FORMATS[info.type].dtype is not None:
+        return plain_array(gguf, name)
+    if len(info.shape) == 2:
+        return Blocks(info.type, gguf.stored(name))
+    return decode(info.type, gguf.stored(name), info.shape)
 
 
 def tokenizer_of(gguf: GGUF, path: Path) -> Any:
@@ -154,14 +126,15 @@ def save_gguf(
 ) -> None:
     """Write a model as GGUF, each weight in its own dtype, q and k rows interleaved.
 
-    params may have any weights that gguf_file.write takes, if their rows need no other order.
+    Blocks are written as they are. params may have any weights that gguf_file.write takes, if
+    their rows need no other order.
 
     Raises InputError for a RoPE scaling that GGUF's divisors cannot express, and if there is
     something at `path`.
     """
     config, params = names.with_pairing(config, unstored(params), "interleaved")
     ours = named(params, config.tied)
-    tensors = {names.foreign(name, "gguf"): w for name, w in ours.items()}
+    tensors = {names.foreign(name, "gguf"): _as_stored(w) for name, w in ours.items()}
     if (scaling := config.rope_scaling) is not None and scaling.factor != 1:
         theta, head_dim = config.rope_theta, config.head_dim
         divisors_P = scaling.divisors_P(theta, head_dim).astype(np.float32)
@@ -169,6 +142,10 @@ def save_gguf(
             raise InputError(f"{path}: GGUF's RoPE divisors do not determine {scaling}")
         tensors[names.GGUF_ROPE_DIVISORS] = divisors_P
     write(path, _settings(config) | dict(extra_metadata or {}), tensors, progress=progress)
+
+
+def _as_stored(w: Any) -> Any:
+    return Raw(w.type, w.shape, w.stored) if isinstance(w, Blocks) else w
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from llama3np.kernels import unstored
 from llama3np.load import names, safetensors
 from llama3np.load.checkpoint import Checkpoint, Progress, assemble, dtypes, report
 from llama3np.load.files import new_directory, read_json
-from llama3np.load.lazy import told
+from llama3np.load.lazy import decoded, told
 from llama3np.params import Params, named
 from llama3np.sample import GREEDY, Sampling
 
@@ -188,7 +188,7 @@ def save_hf(
     directory = Path(directory)
     config, params = names.with_pairing(config, unstored(params), "half")
     ours = named(params, config.tied)
-    theirs = {names.foreign(name, "huggingface"): w for name, w in ours.items()}
+    theirs = {names.foreign(name, "huggingface"): decoded(w) for name, w in ours.items()}
     (tensors,) = told([theirs], progress)
     with new_directory(directory) as temporary:
         _write_json(temporary / "config.json", _settings(config, params))

@@ -8,6 +8,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from llama3np.kernels import Blocks
+
 # progress(done_bytes, total_bytes, tensor_name)
 Progress = Callable[[int, int, str], None]
 
@@ -74,6 +76,13 @@ class Rows:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """The whole matrix."""
         return self[:].astype(dtype or self.dtype, copy=False)
+
+
+def decoded(w: Any) -> Any:
+    """A weight as writers of plain numbers take it: blocks as Rows of float32."""
+    if isinstance(w, Blocks):
+        return Rows(w.shape, w.dtype, lambda start, stop: w[start:stop])
+    return w
 
 
 def chunks_of(tensor: Any) -> Iterator[np.ndarray]:

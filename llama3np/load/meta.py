@@ -21,7 +21,7 @@ from llama3np.kernels import Joined, unstored
 from llama3np.load import names, pth
 from llama3np.load.checkpoint import Checkpoint, assemble, dtypes, report
 from llama3np.load.files import new_directory, read_json
-from llama3np.load.lazy import Lazy, Progress, Rows, told
+from llama3np.load.lazy import Lazy, Progress, Rows, decoded, told
 from llama3np.params import Params, named
 
 SETTINGS = "params.json"
@@ -225,7 +225,7 @@ def save_meta(
     settings = _settings(config, directory)
     _check_divisible(config, model_parallel, directory)
     ours = named(params, config.tied)
-    tensors = {names.foreign(name, "meta"): w for name, w in ours.items()}
+    tensors = {names.foreign(name, "meta"): decoded(w) for name, w in ours.items()}
     shards = [
         {name: _slice(w, _cut(name, config), rank, model_parallel) for name, w in tensors.items()}
         for rank in range(model_parallel)

@@ -14,10 +14,12 @@ import numpy as np
 
 from llama3np.config import PAIRINGS, Config
 from llama3np.errors import CheckpointError, InputError
+from llama3np.kernels import Blocks
 from llama3np.load.lazy import Rows
 from llama3np.params import Params, named_shapes
 
 Shape = tuple[int, ...]
+Reorder = Callable[[np.ndarray, int], np.ndarray]  # to_half or to_interleaved
 
 
 class Row(NamedTuple):
@@ -130,18 +132,24 @@ def with_pairing(config: Config, params: Params, pairing: str) -> tuple[Config, 
     reorder = to_half if pairing == "half" else to_interleaved
     layers = tuple(
         layer._replace(
-            wq=reorder(np.asarray(layer.wq), config.n_heads),
-            wk=reorder(np.asarray(layer.wk), config.n_kv_heads),
+            wq=_reordered(layer.wq, config.n_heads, reorder),
+            wk=_reordered(layer.wk, config.n_kv_heads, reorder),
         )
         for layer in params.layers
     )
     return replace(config, rope_pairing=pairing), params._replace(layers=layers)
 
 
-def turned(w: Any, n_heads: int, reorder: Callable[[np.ndarray, int], np.ndarray]) -> Rows:
+def _reordered(w: Any, n_heads: int, reorder: Reorder) -> Any:
+    if isinstance(w, Blocks):  # which lie along the rows: a row's bytes are its own
+        return Blocks(w.type, reorder(w.stored, n_heads))
+    return reorder(np.asarray(w), n_heads)
+
+
+def turned(w: Any, n_heads: int, reorder: Reorder) -> Rows:
     """The matrix wq or wk with its rows in the other order, made as they are asked for.
 
-    reorder: to_half or to_interleaved. Both stay within a head: whole heads are read.
+    Neither order leaves a head: whole heads are read.
     """
     head_dim = w.shape[0] // n_heads
 

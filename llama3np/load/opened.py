@@ -6,15 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from llama3np.config import Config
 from llama3np.errors import InputError
-from llama3np.kernels.ggml import FORMATS, decode
 from llama3np.load import gguf, huggingface, llama2c, meta
 from llama3np.load.files import read_json
-from llama3np.load.gguf_file import GGUF, Raw
-from llama3np.load.lazy import Rows
 from llama3np.params import named
 
 
@@ -24,8 +19,7 @@ class Opened(NamedTuple):
     path: Path
     kind: str  # as load.detect says
     config: Config
-    tensors: dict[str, Any]  # by our names: arrays, kernels.Joined, or Rows, which are decoded
-    raws: dict[str, Raw]  # those that are GGUF blocks, as they lie in the file
+    tensors: dict[str, Any]  # by our names: arrays, kernels.Joined, kernels.Blocks
     metadata: Mapping[str, Any]  # of a GGUF file
     tokenizer: Any
     problem: str | None  # why there is no tokenizer, if the files have one
@@ -46,44 +40,23 @@ def open_checkpoint(path: Path, rope_factor: float | None = None) -> Opened:
     if kind == "meta":
         config, tensors, _ = meta.open_directory(path, rope_factor)
         tokenizer, problem = _tried(lambda: meta.tokenizer_of(path))
-        return Opened(path, kind, config, tensors, {}, {}, tokenizer, problem, ())
+        return Opened(path, kind, config, tensors, {}, tokenizer, problem, ())
     loaded = llama2c.load(path)
     tensors = named(loaded.params, loaded.config.tied)
-    return Opened(path, kind, loaded.config, tensors, {}, {}, loaded.tokenizer, None, ())
+    return Opened(path, kind, loaded.config, tensors, {}, loaded.tokenizer, None, ())
 
 
 def _gguf(path: Path) -> Opened:
     file, config, matched, _ = gguf.open_file(path)
-    tensors: dict[str, Any] = {}
-    raws: dict[str, Raw] = {}
-    for ours, theirs in matched.items():
-        info = file.tensors[theirs]
-        if FORMATS[info.type].dtype is not None:
-            tensors[ours] = gguf.plain_array(file, theirs)
-        else:
-            tensors[ours] = _decoded(file, theirs)
-            raws[ours] = Raw(info.type, info.shape, file.stored(theirs))
+    tensors = {ours: gguf.matrix_or_vector(file, theirs) for ours, theirs in matched.items()}
     tokenizer, problem = _tried(lambda: gguf.tokenizer_of(file, path))
-    return Opened(path, "gguf", config, tensors, raws, file.metadata, tokenizer, problem, ())
-
-
-def _decoded(file: GGUF, name: str) -> np.ndarray | Rows:
-    """Blocks as float32, decoded as rows are asked for; a vector at once."""
-    info, stored = file.tensors[name], file.stored(name)
-    if len(info.shape) != 2:
-        return decode(info.type, stored, info.shape)
-    n_in = info.shape[1]
-    return Rows(
-        info.shape,
-        np.dtype(np.float32),
-        lambda start, stop: decode(info.type, stored[start:stop], (stop - start, n_in)),
-    )
+    return Opened(path, "gguf", config, tensors, file.metadata, tokenizer, problem, ())
 
 
 def _huggingface(path: Path) -> Opened:
     config, tensors, _, stop_ids, _ = huggingface.open_directory(path)
     tokenizer, problem = _tried(lambda: huggingface.tokenizer_of(path))
-    return Opened(path, "huggingface", config, tensors, {}, {}, tokenizer, problem, stop_ids)
+    return Opened(path, "huggingface", config, tensors, {}, tokenizer, problem, stop_ids)
 
 
 def _tried(read: Callable[[], Any]) -> tuple[Any, str | None]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from llama3np.kernels.cpu import ir
-from llama3np.kernels.cpu.ir import Builder, Value, V, f32, i8, i16, i32, vector
+from llama3np.kernels.cpu.ir import Builder, V, Value, f32, i8, i16, i32, vector
 from llama3np.kernels.ggml import FORMATS
 
 # One instruction that looks 16 numbers up in a table of 16, by the lowest 4 bits of each index,
@@ -186,7 +186,7 @@ def _q5_k(b: Builder, block: Value) -> list[Value]:
 
 
 def _k_scales(b: Builder, block: Value) -> list[tuple[Value, Value]]:
-    """d * scale and -dmin * minimum of the eight runs of Q4_K and Q5_K.
+    """D * scale and -dmin * minimum of the eight runs of Q4_K and Q5_K.
 
     Lanes are 8 scales and 8 minima: of each the first four are whole bytes' lower 6 bits, whose
     upper 2 are the upper part of the others; their lower 4 bits share bytes.

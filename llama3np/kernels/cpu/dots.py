@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 from llama3np.kernels.cpu import ir
 from llama3np.kernels.cpu.blocks import BLOCKS, Block
 from llama3np.kernels.cpu.compiler import jit
-from llama3np.kernels.cpu.ir import Builder, Value, V, const, f32, i16, vector
+from llama3np.kernels.cpu.ir import Builder, V, Value, const, f32, i16, vector
 from llama3np.kernels.ggml import FORMATS
 
 ADDRESS = types.intp
@@ -172,11 +172,19 @@ def _block_widen(kind: Block) -> Any:
 # ---- one row of any format -------------------------------------------------------------------
 
 dot_f32, dot_f16, dot_bf16 = map(_plain_dot, PLAIN.values())
-dot_q4_0, dot_q4_1, dot_q5_0, dot_q5_1, dot_q8_0 = (_block_dot(k) for k in list(BLOCKS.values())[:5])
-dot_q2_k, dot_q3_k, dot_q4_k, dot_q5_k, dot_q6_k = (_block_dot(k) for k in list(BLOCKS.values())[5:])
+dot_q4_0, dot_q4_1, dot_q5_0, dot_q5_1, dot_q8_0 = (
+    _block_dot(k) for k in list(BLOCKS.values())[:5]
+)
+dot_q2_k, dot_q3_k, dot_q4_k, dot_q5_k, dot_q6_k = (
+    _block_dot(k) for k in list(BLOCKS.values())[5:]
+)
 widen_f32, widen_f16, widen_bf16 = map(_plain_widen, PLAIN.values())
-widen_q4_0, widen_q4_1, widen_q5_0, widen_q5_1, widen_q8_0 = (_block_widen(k) for k in list(BLOCKS.values())[:5])
-widen_q2_k, widen_q3_k, widen_q4_k, widen_q5_k, widen_q6_k = (_block_widen(k) for k in list(BLOCKS.values())[5:])
+widen_q4_0, widen_q4_1, widen_q5_0, widen_q5_1, widen_q8_0 = (
+    _block_widen(k) for k in list(BLOCKS.values())[:5]
+)
+widen_q2_k, widen_q3_k, widen_q4_k, widen_q5_k, widen_q6_k = (
+    _block_widen(k) for k in list(BLOCKS.values())[5:]
+)
 
 
 @jit
@@ -249,3 +257,9 @@ def widen_rows(code, address, row_bytes, rows, n, out_address):
     for r in range(rows):
         widen_row(code, address + r * row_bytes, out_address + r * n * 4, n)
 
+
+@jit
+def tile_dots(tile, rows, x_MI, M, n, y_MC):
+    for m in range(M):
+        for r in range(rows):
+            y_MC[m, r] = dot_f32(tile[r * n :].ctypes.data, x_MI[m].ctypes.data, n)

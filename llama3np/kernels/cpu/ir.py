@@ -121,17 +121,17 @@ def total(b: Builder, value: Value) -> Value:
 
 
 def add(b: Builder, x: Value, y: Value) -> Value:
-    """x + y of floats."""
+    """X + y of floats."""
     return b.fadd(x, y, flags=STRICT)
 
 
 def multiply(b: Builder, x: Value, y: Value) -> Value:
-    """x * y of floats."""
+    """X * y of floats."""
     return b.fmul(x, y, flags=STRICT)
 
 
 def fma(b: Builder, x: Value, y: Value, z: Value) -> Value:
-    """x * y + z of float32 vectors, rounded once where the processor can."""
+    """X * y + z of float32 vectors, rounded once where the processor can."""
     kind = ir.FunctionType(x.type, [x.type] * 3)
     name = f"llvm.fmuladd.v{x.type.count}f32"
     return b.call(cgutils.get_or_insert_function(b.module, kind, name), [x, y, z])
@@ -190,7 +190,7 @@ def loop(
     carried: Sequence[Value],
     body: Callable[[Value, list[Value]], Sequence[Value]],
 ) -> list[Value]:
-    """for i in range(start, stop, step): carried = body(i, carried)."""
+    """For i in range(start, stop, step): carried = body(i, carried)."""
     before = b.block
     names = ("loop", "body", "after")
     head, inside, after = (b.function.append_basic_block(name) for name in names)

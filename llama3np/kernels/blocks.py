@@ -1,0 +1,62 @@
+"""A matrix in GGUF blocks, that is never decoded as a whole."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from llama3np.kernels.chunks import Transposed
+from llama3np.kernels.ggml import FORMATS, decode, decode_rows
+
+
+class Blocks:
+    """A matrix that stays in ggml's blocks, in a mapped file for example.
+
+    It multiplies as `x_MD @ w.T` and looks rows up as `w[ids]`, by the float32 that its blocks
+    mean, decoded row by row. The plain expression it must equal is
+    `x_MD @ ggml.decode(w.type, w.stored, w.shape).T`. `stored` has the rows' bytes, (rows, bytes
+    of a row) uint8; rows may lie anywhere. Raises ValueError for parts of blocks.
+    """
+
+    ndim = 2
+    dtype = np.dtype(np.float32)  # of the weights, not of what is stored
+
+    def __init__(self, type_name: str, stored: np.ndarray):
+        form = FORMATS[type_name]
+        n_out, row_bytes = stored.shape
+        if row_bytes % form.nbytes:
+            raise ValueError(f"{type_name}: expected rows of whole blocks, found {row_bytes} bytes")
+        self.type, self.stored = type_name, stored
+        self.shape = (n_out, row_bytes // form.nbytes * form.weights)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the blocks."""
+        return self.stored.nbytes
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def T(self) -> Transposed:
+        """The right operand of a product."""
+        return Transposed(self)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        """Rows of the matrix, decoded: by a slice, or by ids in an array of any shape."""
+        stored = self.stored[rows]
+        return decode(self.type, stored, (*stored.shape[:-1], self.shape[1]))
+
+    def decode_rows(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Decode rows start to stop into `out`, float32 and contiguous."""
+        decode_rows(self.type, self.stored[start:stop], out)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The whole matrix decoded, for a writer that holds one tensor at a time."""
+        if copy is False:
+            raise ValueError("a Blocks is not an array: to make one is to decode it")
+        return self[:].astype(dtype or self.dtype, copy=False)

@@ -1,0 +1,173 @@
+"""The engine "numba": decode steps in one compiled function, prefill over compiled parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from llama3np.backend import host_ids
+from llama3np.cache import Cache, Window
+from llama3np.config import Config
+from llama3np.kernels.attention import attention
+from llama3np.kernels.cpu import gemm_bf16
+from llama3np.kernels.cpu.dots import widen_rows as compiled_widen
+from llama3np.kernels.cpu.layout import described, parts_of
+from llama3np.kernels.cpu.shared import new_counters
+from llama3np.kernels.cpu.softmax import soften
+from llama3np.kernels.cpu.step import PHASES, SPLIT, UNIT, Step, address, own_floats, run, table
+from llama3np.kernels.engine import Engine
+from llama3np.kernels.ggml import FORMATS
+from llama3np.kernels.product import widen_rows
+from llama3np.model import rope_tables
+from llama3np.numerics import Profile
+from llama3np.params import Params
+from llama3np.threads import Pool
+
+MOST_TOKENS = 8  # of one step; more go through BLAS, which needs some rows to be fast
+
+_CODES = {form.dtype: form.number for form in FORMATS.values() if form.dtype is not None}
+
+
+class CompiledEngine(Engine):
+    """Calls of few tokens, as in decoding, are one compiled step; others go by the ops."""
+
+    name = "numba"
+
+    def __init__(self, params: Params, config: Config, profile: Profile, pool: Pool):
+        super().__init__(params, config, profile, pool)
+        self._model: Any = described(params, config, profile, pool.threads)
+        self.table: Any = table(self._model) if self._model else None
+        self._spare: list[Room] = []  # room of finished steps, for the next one of its shape
+        self._angles = Angles(config)
+
+        self._has_bf16 = gemm_bf16.supported()
+        if profile.dtype == "float32":
+            self.ops = self.ops._replace(attention=partial(attention, pool=pool, soften=soften))
+
+    @staticmethod
+    def widen(w: Any, start: int, stop: int, out: np.ndarray) -> None:
+        """product.widen_rows, compiled, for what compiled code can read in one piece."""
+        found = parts_of(w)
+        if found is None or len(found[1]) > 1 or out.dtype != np.float32:
+            widen_rows(w, start, stop, out)
+            return
+        code, (stored,), _ = found
+        row_bytes = stored.strides[0]
+        first = address(stored) + start * row_bytes
+        compiled_widen(code, first, row_bytes, stop - start, w.shape[1], address(out))
+
+    def product(self, x_MD: np.ndarray, w: Any) -> np.ndarray:
+        """x_MD @ w.T, by the profile."""
+        if self.profile.rounded and self._has_bf16 and isinstance(w.stored, np.ndarray):
+            return gemm_bf16.products(x_MD, [w.stored], self.pool)[0]
+        return super().product(x_MD, w)
+
+    def forward(
+        self, ids_BT: Any, cache: Cache, new_B: Any = None, tap: Any = None, last_only: bool = True
+    ) -> np.ndarray:
+        """model.forward of this model: logits_BTV."""
+        tokens = np.size(ids_BT) if new_B is None else int(np.sum(new_B))
+        if tap is not None or not 1 <= tokens <= MOST_TOKENS or self._model is None:
+            return super().forward(ids_BT, cache, new_B, tap, last_only)
+        ids_BT = host_ids(ids_BT, self.config.vocab_size)
+        cache.check(self.config, self.profile.dtype)
+        return self._step(ids_BT, cache, cache.window(ids_BT.shape, new_B), last_only)
+
+    def _step(
+        self, ids_BT: np.ndarray, cache: Cache, window: Window, last_only: bool
+    ) -> np.ndarray:
+        (B, T), V = ids_BT.shape, self.config.vocab_size
+        rows_M, columns_M = window.rows_M, window.columns_M
+        wanted_W = np.arange(len(rows_M))
+        if last_only:  # each row's last token
+            wanted_W = np.cumsum(window.new_B)[window.new_B > 0] - 1
+        room = self._room(window, len(wanted_W), cache)
+        step = room.step
+        step.h_MD[...] = self.params.embed_VD[ids_BT[rows_M, columns_M]]
+        step.cos_MP[...], step.sin_MP[...] = self._angles.at(window.slots_M)
+        step.rows_M[...], step.slots_M[...], step.wanted_W[...] = rows_M, window.slots_M, wanted_W
+        step.cache_LX[...] = [*zip(map(address, cache.k), map(address, cache.v), strict=True)]
+        self.pool.run(room.job(self))
+        cache.advance(window)
+        logits_BTV = np.zeros((B, 1 if last_only else T, V), np.float32)
+        logits_BTV[rows_M[wanted_W], 0 if last_only else columns_M] = step.logits_WV
+        self._spare = [room]
+        return logits_BTV
+
+    def _room(self, window: Window, wanted: int, cache: Cache) -> Room:
+        """Room for a step of these sizes: that of the last step where it fits, else new."""
+        c, stretches = self.config, -(-window.size // SPLIT)
+        heads = c.n_kv_heads, stretches, c.n_heads // c.n_kv_heads * (c.head_dim + 2)
+        sizes = ((len(window.rows_M), *heads), wanted, cache.k[0].dtype, cache.max_seq_len)
+        try:
+            room = self._spare.pop()  # one step: no other thread gets the same
+        except IndexError:
+            return Room(self._new_step(*sizes), sizes)
+        return room if room.sizes == sizes else Room(self._new_step(*sizes), sizes)
+
+    def _new_step(self, parts: tuple[int, ...], wanted: int, dtype: Any, slots: int) -> Step:
+        c, M, W = self.config, parts[0], self.pool.threads
+        X, P, phases = c.n_heads * c.head_dim, c.head_dim // 2, c.n_layers * PHASES + 1
+        unit = int(self._model.matrices_XF[:, UNIT].max())
+        return Step(
+            counters_PC=new_counters(phases, W),
+            h_MD=np.empty((M, c.dim), np.float32),
+            cos_MP=np.empty((M, P), np.float32),
+            sin_MP=np.empty((M, P), np.float32),
+            rows_M=np.empty(M, np.int64),
+            slots_M=np.empty(M, np.int64),
+            cache_LX=np.empty((c.n_layers, 2), np.int64),
+            cache_code=_CODES[dtype],
+            cache_slots=slots,
+            q_MX=np.empty((M, X), np.float32),
+            parts_MKXP=np.empty(parts, np.float32),
+            act_MF=np.empty((M, c.ffn_dim), np.float32),
+            wanted_W=np.empty(wanted, np.int64),
+            logits_WV=np.empty((wanted, c.vocab_size), np.float32),
+            x_WMX=np.empty((W, M, max(X, c.dim)), np.float32),
+            tile_WX=np.empty((W, own_floats(self._model)), np.float32),
+            y_WMC=np.empty((W, M, 2 * max(unit, c.head_dim)), np.float32),
+            ticks_P=np.zeros(phases + 1, np.int64),
+        )
+
+
+class Room:
+    """The arrays of a step, used again by the next one of the same sizes."""
+
+    def __init__(self, step: Step, sizes: Any):
+        self.step, self.sizes, self._table = step, sizes, table(step)
+
+    def job(self, engine: CompiledEngine) -> Callable[[int], None]:
+        """A step as Pool.run takes it.
+
+        Its counters are new: a thread that comes late to the step before finds the old ones, all
+        done. For that thread's sake the job holds on to all that it may look at, weights included.
+        """
+        counters_PC, step_table = np.zeros_like(self.step.counters_PC), self._table.copy()
+        step_table[0] = address(counters_PC)
+        return partial(_share, (engine, self, counters_PC), engine.table, step_table)
+
+
+def _share(kept: Any, model_table: np.ndarray, step_table: np.ndarray, worker: int) -> None:
+    run(worker, model_table, step_table)
+
+
+class Angles:
+    """model.rope_tables of positions from 0 on, kept from step to step."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.cos_SP = self.sin_SP = np.empty((0, config.head_dim // 2), np.float32)
+
+    def at(self, positions_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """cos_MP and sin_MP."""
+        cos_SP, sin_SP = self.cos_SP, self.sin_SP  # once: another thread may put larger ones there
+        if positions_M.max() >= len(cos_SP):
+            size = 2 * int(positions_M.max()) + 256
+            tables = rope_tables(self.config, np.arange(size)[None], "float32")
+            cos_SP, sin_SP = (table_1SP[0] for table_1SP in tables)
+            self.sin_SP, self.cos_SP = sin_SP, cos_SP
+        return cos_SP[positions_M], sin_SP[positions_M]
