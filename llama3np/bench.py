@@ -25,6 +25,7 @@ from llama3np.model import Ops
 from llama3np.params import Params, named
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 512, 64, 7
+PHASES = ("q, k, v", "attention", "wo", "gate, up", "down")  # of a layer: kernels/cpu/step.py
 
 # progress(done, total, what): told as the work goes on
 Progress = Callable[[int, int, str], None]
@@ -269,7 +270,8 @@ def profile_ops(llm: Llama, plan: Plan) -> dict[str, Any]:
 
     A product is named by its weight. A compiled decode step tells its own phases in place of the
     five operations. attention_share_of_limit: the keys and values that a step reads, over the
-    seconds of its attention, as a share of the bandwidth measured in the same round.
+    seconds of its attention, as a share of the bandwidth measured in the same round; left out
+    where nothing tells those seconds.
     """
     work, limits = Work(llm, plan), machine.Limits(llm.engine.pool)
     work.first_pass()
@@ -280,10 +282,12 @@ def profile_ops(llm: Llama, plan: Plan) -> dict[str, Any]:
         decodes.append(_decode_seconds(work))
         reads.append((before + limits.read_gb_s()) / 2)
     kept = kept_bytes(llm, plan) / 1e9
-    shares = [kept / parts["attention"] / read for parts, read in zip(decodes, reads, strict=True)]
+    parts = {"prefill": _medians(prefills), "decode": _medians(decodes)}
+    if "attention" not in parts["decode"]:
+        return parts
+    shares = [kept / each["attention"] / read for each, read in zip(decodes, reads, strict=True)]
     return {
-        "prefill": _medians(prefills),
-        "decode": _medians(decodes),
+        **parts,
         **spread("attention_share_of_limit", shares),
         "attention_share_samples": shares,
     }
@@ -297,22 +301,36 @@ def _prefill_seconds(work: Work) -> dict[str, float]:
 
 def _decode_seconds(work: Work) -> dict[str, float]:
     """The mean over new_tokens steps."""
-    count = work.plan.new_tokens
-    phases: dict[str, float] = defaultdict(float)
     start = perf_counter()
     with _timed_ops(work.llm) as spent:
-        for _ in work.steps(count):
-            for name, took in _phase_seconds(work.llm).items():
-                phases[name] += took
-    whole = (perf_counter() - start) / count
-    parts = {name: took / count for name, took in (phases or spent).items()}
-    return {**parts, "other": whole - sum(parts.values())}
+        ticks = [_phase_ticks(work.llm) for _ in work.steps(work.plan.new_tokens)]
+    whole = perf_counter() - start
+    parts = spent if any(t is None for t in ticks) else phase_seconds(whole, np.array(ticks))
+    mean = {name: took / work.plan.new_tokens for name, took in parts.items()}
+    return {**mean, "other": whole / work.plan.new_tokens - sum(mean.values())}
 
 
-def _phase_seconds(llm: Llama) -> dict[str, float]:
-    """Seconds by phase of the decode step just made, if it was a compiled one; else none."""
-    tell = getattr(llm.engine, "phase_seconds", None)
-    return tell() or {} if tell else {}
+def _phase_ticks(llm: Llama) -> np.ndarray | None:
+    """What the processor's clock was at the ends of the phases of the compiled step just made.
+
+    None if the step was not compiled, or the processor does not tell its clock.
+    """
+    rooms = getattr(llm.engine, "_spare", None)
+    return rooms[-1].step.ticks_P.copy() if rooms and rooms[-1].step.ticks_P.any() else None
+
+
+def phase_seconds(whole: float, ticks_SP: np.ndarray) -> dict[str, float]:
+    """Seconds of each phase, all layers and S steps together, which took `whole` seconds.
+
+    ticks_SP: the processor's clock at the beginning of a step and at the end of each of its
+    phases: PHASES of every layer, and then the logits. How long a tick is, is told by the first
+    and the last one, which are `whole` seconds apart but for some microseconds.
+    """
+    tick_s = whole / (ticks_SP[-1, -1] - ticks_SP[0, 0])
+    spans_SP = tick_s * np.diff(ticks_SP, axis=1)
+    of_layers_SLP = spans_SP[:, :-1].reshape(len(ticks_SP), -1, len(PHASES))
+    sums = map(float, (*of_layers_SLP.sum(axis=(0, 1)), spans_SP[:, -1].sum()))
+    return dict(zip((*PHASES, "logits"), sums, strict=True))
 
 
 def _medians(rounds: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -167,8 +167,8 @@ def profile(parts: dict[str, Any]) -> Any:
     both = (_largest_first(parts[kind]) for kind in ("prefill", "decode"))
     for left, right in zip_longest(*both, fillvalue=("", "", "")):
         rows.add_row(*left, *right)
-    share = parts["attention_share_of_limit"]
-    rows.caption = f"attention reads keys and values at {share:.2f} of the limit"
+    if (share := parts.get("attention_share_of_limit")) is not None:
+        rows.caption = f"attention reads keys and values at {share:.2f} of the limit"
     return rows
 
 
