@@ -23,6 +23,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from llama3np.threads import Pool, single_threaded_blas
 
 PARTS = 8  # of each thread's share of the memory, so that one who comes late does not hold all up
+TRIES = 3  # of each measurement of a limit, 50 milliseconds or less each
 SQUARE = 2048  # rows of the matrices: large enough that another size is not faster
 
 # ---- limits -----------------------------------------------------------------------------------
@@ -51,7 +52,7 @@ class Limits:
         The largest of many integers is what NumPy looks for at the speed of memory: measured, as
         fast as a loop of vector loads in C, where a float32 product with itself reaches 0.75.
         """
-        took = seconds(lambda: self.pool.map(lambda i, _: self._parts[i].max(), len(self._parts)))
+        took = best(lambda: self.pool.map(lambda i, _: self._parts[i].max(), len(self._parts)))
         return sum(part.nbytes for part in self._parts) / took / 1e9
 
     def sgemm_gflop_s(self) -> float:
@@ -60,9 +61,9 @@ class Limits:
         Both are tried, and the faster one is the limit.
         """
         with single_threaded_blas():
-            ours = seconds(lambda: self.pool.map(self._multiply_part, self.pool.threads))
+            ours = best(lambda: self.pool.map(self._multiply_part, self.pool.threads))
         with threadpool_limits(self.pool.threads, "blas"):
-            its_own = seconds(lambda: np.matmul(self._a_MK, self._b_NK.T, out=self._c_MN))
+            its_own = best(lambda: np.matmul(self._a_MK, self._b_NK.T, out=self._c_MN))
         return 2 * SQUARE**3 / min(ours, its_own) / 1e9
 
     def _multiply_part(self, i: int, _: int) -> None:
@@ -80,6 +81,11 @@ def _cache_bytes() -> int:
         except (OSError, ValueError):
             continue
     return sum(sizes.values())
+
+
+def best(work: Callable[[], Any]) -> float:
+    """Seconds of the shortest of a few tries: of a limit, what disturbs for a moment is no part."""
+    return min(seconds(work) for _ in range(TRIES))
 
 
 def seconds(work: Callable[[], Any]) -> float:
