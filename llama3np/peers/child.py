@@ -37,17 +37,9 @@ def llama_cpp(task: dict[str, Any]) -> Any:
     told = [""]
     log = lib.llama_log_callback(lambda level, text, data: told.append(text.decode().strip()))
     lib.llama_log_set(log, ctypes.c_void_p(0))
-    room = len(task["prompt_ids"]) + task["new_tokens"] + 1
-    settings = lib.llama_context_default_params()
-    settings.n_ctx = settings.n_batch = room
-    settings.n_threads = settings.n_threads_batch = task["threads"]
-    model = lib.llama_model_load_from_file(task["model"].encode(), lib.llama_model_default_params())
-    if not model:
-        sys.exit("; ".join(filter(None, told[-4:])))
-    context = lib.llama_init_from_model(model, settings)
+    context, vocab_size = llama_cpp_context(lib, task)
     if not context:
         sys.exit("; ".join(filter(None, told[-4:])))
-    vocab_size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
 
     def generate(ids: list[int], count: int) -> Any:
         lib.llama_memory_clear(lib.llama_get_memory(context), True)
@@ -61,6 +53,21 @@ def llama_cpp(task: dict[str, Any]) -> Any:
 
     generate.log = log  # type: ignore[attr-defined]  # C calls it as long as the model lives
     return generate
+
+
+def llama_cpp_context(lib: Any, task: dict[str, Any]) -> tuple[Any, int]:
+    """A context with the task's threads, or None if it cannot be; and the size of its vocabulary.
+
+    Everything else is as llama.cpp has it by default: a float16 cache, weights repacked.
+    """
+    model = lib.llama_model_load_from_file(task["model"].encode(), lib.llama_model_default_params())
+    if not model:
+        return None, 0
+    settings = lib.llama_context_default_params()
+    settings.n_ctx = settings.n_batch = len(task["prompt_ids"]) + task["new_tokens"] + 1
+    settings.n_threads = settings.n_threads_batch = task["threads"]
+    vocab_size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+    return lib.llama_init_from_model(model, settings), vocab_size
 
 
 def transformers(task: dict[str, Any]) -> Any:
