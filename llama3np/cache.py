@@ -186,8 +186,8 @@ def kv_dtype(name: str | None, dtype: Any) -> np.dtype:
         return np.dtype(dtype)
     allowed = [each for each, stored in KV_DTYPES.items() if stored in _stored_dtypes(dtype)]
     if name not in allowed:
-        words = ", ".join(allowed) or "none, as it is float64's own"
-        raise InputError(f"kv-dtype: expected one of {words}, found {name!r}")
+        words = f"one of {', '.join(allowed)}" if allowed else "none beside float64"
+        raise InputError(f"kv-dtype: expected {words}, found {name!r}")
     return KV_DTYPES[name]
 
 

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -72,11 +73,13 @@ class Pool:
     def run(self, job: Callable[[int], Any]) -> None:
         """Call job(0) here and job(1), ..., job(threads - 1) elsewhere, as soon as they can.
 
+        All in the caller's context, of which NumPy's treatment of overflows is a part.
+
         Returns when job(0) does: a job must know by itself when all of it is done, and a helper
         that comes too late must find nothing left to do. Jobs must not raise.
         """
         for queue in self._helpers():
-            queue.put(job)
+            queue.put(_in_this_context(job))
         job(0)
 
     def map(self, task: Callable[[int, int], Any], count: int) -> None:
@@ -85,7 +88,7 @@ class Pool:
         No two calls at a time have the same worker, 0 <= worker < threads, of this map. Returns
         when all are done; raises the first error of a task.
         """
-        if count == 1 or self.threads == 1:
+        if count <= 1 or self.threads == 1:
             for i in range(count):
                 task(i, 0)
             return
@@ -105,6 +108,11 @@ class Pool:
             threading.Thread(target=_serve, args=(queue, worker), name=name, daemon=True).start()
         weakref.finalize(self, _dismiss, queues)
         self._queues, self._process = queues, os.getpid()
+
+
+def _in_this_context(job: Callable[[int], Any]) -> Callable[[int], Any]:
+    context = copy_context()
+    return lambda worker: context.run(job, worker)
 
 
 def _serve(queue: Queue, worker: int) -> None:

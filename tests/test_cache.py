@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from checks import assert_close, assert_same
@@ -20,7 +21,7 @@ from strategies import (
     token_ids,
 )
 
-from llama3np.cache import new_cache
+from llama3np.cache import KV_DTYPES, Cache, kv_dtype, new_cache
 from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.model import forward
@@ -28,6 +29,7 @@ from llama3np.model import forward
 pytestmark = pytest.mark.filterwarnings("error")
 
 EXACT = 1e-10  # float64, as in test_model.py
+HALVES = (np.float16, ml_dtypes.bfloat16)
 SMALL = Model(Config(5, 2, 4, 2, 2, 3, 7), seed=3)
 
 
@@ -46,7 +48,12 @@ def contents(cache):
 # ---- memory -------------------------------------------------------------------------------------
 
 
-@given(configs(), st.integers(1, 3), st.integers(1, 9), st.sampled_from(["float32", "float64"]))
+@given(
+    configs(),
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.sampled_from(["float32", "float64", *HALVES]),
+)
 def test_a_new_cache_reserves_what_it_says(config, batch, slots, dtype):
     cache = new_cache(config, batch, slots, dtype)
     numbers = 2 * config.n_layers * batch * config.n_kv_heads * slots * config.head_dim
@@ -94,6 +101,75 @@ def test_slots_beyond_the_length_are_never_seen(run_of, garbage, data):
         array_BKSH[:, :, held:] = garbage
     new = [ids[held:]]
     assert_same(extend(model, new, dirty), extend(model, new, clean), "logits")
+
+
+# ---- keys and values of 16 bits ------------------------------------------------------------------
+
+
+class RoundedByHand(Cache):
+    """A float32 cache whose numbers are rounded before they are written."""
+
+    def write(self, layer, window, k_BTKH, v_BTKH):
+        rounded = (array.astype(self.dtype).astype("float32") for array in (k_BTKH, v_BTKH))
+        return super().write(layer, window, *rounded)
+
+
+@given(ragged_runs(), st.sampled_from(HALVES), st.data())
+def test_a_cache_of_16_bits_rounds_what_is_written_and_nothing_else(run_of, dtype, data):
+    """Bit for bit, over two calls and a fork: what is read is widened, which is exact."""
+    model, rows, pad = run_of
+    more = [data.draw(token_ids(model.config.vocab_size, 1, 4), label="more") for _ in rows]
+    narrow = new_cache(model.config, len(rows), 2 * MAX_TOKENS, dtype)
+    by_hand = new_cache(model.config, len(rows), 2 * MAX_TOKENS)
+    by_hand = RoundedByHand(by_hand.k, by_hand.v, by_hand.lengths_B)
+    by_hand.dtype = dtype
+    for new in (rows, more):
+        ids_BT, new_B = padded(new, pad)
+        found, expected = (
+            extend(model, ids_BT, cache, "float32", new_B=new_B) for cache in (narrow, by_hand)
+        )
+        assert_same(found, expected, "logits")
+        narrow = narrow.fork()
+        narrow.trim(narrow.lengths_B)
+    assert {array.dtype for array in (*narrow.k, *narrow.v)} == {np.dtype(dtype)}
+    for array, other in zip((*narrow.k, *narrow.v), (*by_hand.k, *by_hand.v), strict=True):
+        assert_same(array.astype("float32"), other, "cache")
+
+
+def test_writing_rounds_to_nearest_ties_to_even():
+    cache = new_cache(Config(2, 1, 1, 1, 2, 2, 3), 1, 2, ml_dtypes.bfloat16)
+    window = cache.window((1, 2))
+    tie = 2.0**-8  # half the distance of two bfloat16 from 1 on
+    k_BTKH = np.array([1 + tie, 1 + 3 * tie, 1 + tie * 1.01, -1 - tie], "float32")
+    k_BKSH, _ = cache.write(0, window, *[k_BTKH.reshape(1, 2, 1, 2)] * 2)
+    rounded = [1, 1 + 4 * tie, 1 + 2 * tie, -1]
+    assert_same(k_BKSH.astype("float32").ravel(), np.array(rounded, "float32"), "keys")
+
+
+def test_the_names_of_cache_dtypes():
+    assert kv_dtype(None, "float32") == np.float32
+    assert kv_dtype(None, "float64") == np.float64
+    assert {name: kv_dtype(name, "float32") for name in KV_DTYPES} == KV_DTYPES
+    assert [kv_dtype(name, "float32").itemsize for name in ("f32", "bf16", "f16")] == [4, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        ("q8", "float32", "kv-dtype: expected one of f32, bf16, f16, found 'q8'"),
+        ("f32", "float64", "kv-dtype: .*float64.* found 'f32'"),
+        ("bf16", "float64", "kv-dtype: .*float64.* found 'bf16'"),
+    ],
+)
+def test_other_cache_dtypes_are_refused(name, dtype, message):
+    with pytest.raises(InputError, match=message):
+        kv_dtype(name, dtype)
+
+
+@pytest.mark.parametrize("of_cache", [*HALVES, np.float32, np.int16])
+def test_a_cache_that_would_round_the_oracle_is_refused(of_cache):
+    cache = new_cache(SMALL.config, 1, 4, of_cache)
+    assert_refused(cache, f"float64, found .*{np.dtype(of_cache)}", call_forward(cache, [[1]]))
 
 
 # ---- trim, reset, fork --------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.llm import Llama
 from llama3np.params import random
-from llama3np.sample import log_softmax
+from llama3np.sample import Sampling, log_softmax
 
 
 def llama(model, **options):
@@ -84,18 +84,46 @@ def test_logprobs_are_those_of_the_model_without_a_cache(run, count):
     np.testing.assert_allclose(llm.score(whole), expected, atol=1e-9)
 
 
-@given(ragged_runs(), st.integers(1, 4))
+@given(ragged_runs(), st.integers(1, 30))
 def test_prefill_in_chunks_equals_prefill_at_once(drawn, chunk):
     model, rows, _ = drawn
     llm = llama(model)
-    at_once = generation.prefill(llm._run, llm.new_cache(len(rows), 9), rows)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "CHUNK", chunk)
-        chunked = generation.prefill(llm._run, llm.new_cache(len(rows), 9), rows)
-        scores = [llm.score(row) for row in rows if len(row) > 1]
+    at_once = generation.prefill(llm._run, llm.new_cache(len(rows), 9), rows, 10**6)
+    chunked = generation.prefill(llm._run, llm.new_cache(len(rows), 9), rows, chunk)
     np.testing.assert_allclose(chunked, at_once, rtol=1e-9, atol=1e-9)
-    for row_scores, row in zip(scores, [row for row in rows if len(row) > 1], strict=True):
-        np.testing.assert_allclose(row_scores, llm.score(row), rtol=1e-9, atol=1e-9)
+    for row in rows:
+        if len(row) > 1:
+            scores = generation.score(llm._run, llm.new_cache(1, len(row)), row, chunk)
+            np.testing.assert_allclose(scores, llm.score(row), rtol=1e-9, atol=1e-9)
+
+
+@given(ragged_runs(), st.integers(1, 30), st.sampled_from([0.0, 0.8]))
+def test_any_chunk_gives_the_same_ids(drawn, chunk, temperature):
+    model, rows, _ = drawn
+    llm = llama(model)
+    sampling = Sampling(temperature, seed=1)
+
+    def tokens(chunk):
+        cache = llm.new_cache(len(rows), 20)
+        steps = generation.generate(llm._run, cache, rows, 4, sampling, [0], chunk=chunk)
+        return [token[:2] for step in steps for token in step]
+
+    assert tokens(chunk) == tokens(10**6)
+
+
+@given(ragged_runs(), st.integers(1, 30))
+def test_a_chunk_has_as_many_tokens_as_it_may_over_all_rows(drawn, chunk):
+    model, rows, _ = drawn
+    llm, shapes = llama(model), []
+
+    def forward(ids_BT, cache, new_B, last_only):
+        shapes.append(ids_BT.shape)
+        return llm._run(ids_BT, cache, new_B, last_only)
+
+    generation.prefill(forward, llm.new_cache(len(rows), 9), rows, chunk)
+    step, longest = max(1, chunk // len(rows)), max(map(len, rows))
+    widths = [min(step, longest - start) for start in range(0, longest, step)]
+    assert shapes == [(len(rows), width) for width in widths]
 
 
 @given(runs(), st.data())

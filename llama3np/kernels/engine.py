@@ -12,6 +12,7 @@ from llama3np import model
 from llama3np.cache import Cache
 from llama3np.config import Config
 from llama3np.errors import InputError
+from llama3np.kernels import tokens
 from llama3np.kernels.attention import attention
 from llama3np.kernels.product import product
 from llama3np.kernels.rounded import round_bf16
@@ -34,7 +35,12 @@ class Engine:
 
     def __init__(self, params: Params, config: Config, profile: Profile, pool: Pool):
         self.params, self.config, self.profile, self.pool = params, config, profile, pool
-        self.tapped = model.PLAIN._replace(linear=self.linear)
+        self.tapped = model.PLAIN._replace(
+            rms_norm=partial(tokens.rms_norm, pool=pool),
+            linear=self.linear,
+            rope=partial(tokens.rope, pool=pool),
+            swiglu=partial(tokens.swiglu, pool=pool),
+        )
         self.ops = self.tapped._replace(attention=partial(attention, pool=pool))
 
     def linear(self, x_BTD: Any, w: Any) -> Any:

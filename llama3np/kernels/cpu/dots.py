@@ -7,7 +7,7 @@ apart. `code` is ggml's number of a format, the only thing about it that compile
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba import types
 from numba.extending import intrinsic
@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 from llama3np.kernels.cpu import ir
 from llama3np.kernels.cpu.blocks import BLOCKS, Block
 from llama3np.kernels.cpu.compiler import jit
-from llama3np.kernels.cpu.ir import Builder, V, Value, const, f32, i16, vector
+from llama3np.kernels.cpu.ir import Builder, Value, V, const, f32, i16, vector
 from llama3np.kernels.ggml import FORMATS
 
 ADDRESS = types.intp
@@ -25,7 +25,7 @@ ADDRESS = types.intp
 SUMS = 4
 # Bytes that memory is asked for ahead of use: a processor's own prefetching stops at each page
 # of 4 KiB, and waits for the first misses of the next.
-AHEAD = 4096
+AHEAD = 5120
 
 F32, F16, BF16 = (FORMATS[name].number for name in ("F32", "F16", "BF16"))
 Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K = (FORMATS[n].number for n in BLOCKS)
@@ -112,35 +112,96 @@ def _plain_widen(kind: Plain) -> Any:
 
 # ---- blocks ----------------------------------------------------------------------------------
 
+GROUP = 8  # blocks that are prepared at a time
+
+# What is done with each vector of weights: (index of the first, weights, carried, which sum).
+Use = Callable[[Value, Value, list[Value], int], list[Value]]
+
+
+class Row(NamedTuple):
+    """A row of blocks in the hands of an intrinsic."""
+
+    b: Builder
+    kind: Block
+    address: Value
+    use: Use
+
+    def use_block(self, i: Value, carried: list[Value], kept: Value, nth: int = 0) -> list[Value]:
+        """Decode block i and use its weights."""
+        b, kind = self.b, self.kind
+        start = b.mul(i, const(kind.weights))
+        for v, w in enumerate(kind.decode(b, self.block(i), kept)):
+            carried = self.use(b.add(start, const(V * v)), w, carried, (nth + v) % SUMS)
+        return carried
+
+    def block(self, i: Value) -> Value:
+        """The address of block i."""
+        return ir.at(self.b, self.address, self.kind.nbytes, i)
+
+    def prefetch(self, i: Value, blocks: int) -> None:
+        """Ask for blocks far behind the i-th."""
+        _prefetch(self.b, self.block(i), blocks * self.kind.nbytes)
+
+
+def _visit_prepared(row: Row, blocks: Value, carried: list[Value]) -> list[Value]:
+    """Use blocks in groups: prepare all of a group, then decode all of it."""
+    b, nbytes = row.b, row.kind.kept
+    kept = ir.reserve(b, GROUP * nbytes)
+
+    def group(start: Value, carried: list[Value]) -> list[Value]:
+        left = b.sub(blocks, start)
+        last = b.icmp_signed("<", left, const(GROUP))
+        count = b.select(last, left, const(GROUP))
+
+        def prepare(i: Value, _: list[Value]) -> list[Value]:
+            row.kind.prepare(b, row.block(b.add(start, i)), ir.at(b, kept, nbytes, i))
+            return []
+
+        def decode(i: Value, carried: list[Value]) -> list[Value]:
+            row.prefetch(b.add(start, i), 1)
+            return row.use_block(b.add(start, i), carried, ir.at(b, kept, nbytes, i))
+
+        ir.loop(b, const(0), count, 1, [], prepare)
+        return ir.loop(b, const(0), count, 1, carried, decode)
+
+    return ir.loop(b, const(0), blocks, GROUP, carried, group)
+
+
+def _visit(row: Row, blocks: Value, carried: list[Value]) -> list[Value]:
+    """Use blocks of a kind that needs no preparation, several in each step."""
+    b, none = row.b, const(0)
+    vectors = row.kind.weights // V
+    together = 2 * SUMS // vectors
+
+    def several(i: Value, carried: list[Value]) -> list[Value]:
+        row.prefetch(i, together)
+        for u in range(together):
+            carried = row.use_block(b.add(i, const(u)), carried, none, u * vectors)
+        return carried
+
+    most = b.and_(blocks, const(-together))
+    carried = ir.loop(b, none, most, together, carried, several)
+    return ir.loop(b, most, blocks, 1, carried, lambda i, c: row.use_block(i, c, none))
+
+
+def _visit_blocks(row: Row, n: Value, carried: list[Value]) -> list[Value]:
+    """Use all weights of a row, carrying values from use to use."""
+    blocks = row.b.udiv(n, const(row.kind.weights))
+    return (_visit_prepared if row.kind.prepare else _visit)(row, blocks, carried)
+
 
 def _block_dot(kind: Block) -> Any:
-    together = max(1, SUMS * V // kind.weights * 2)  # blocks of one step
-
     @intrinsic
     def dot(typingctx, row, x, n):
         def codegen(context, b, signature, arguments):
             row, x, n = arguments
 
-            def products(first: Value, sums: list[Value], count: int) -> list[Value]:
+            def use(i: Value, w: Value, sums: list[Value], which: int) -> list[Value]:
                 new = list(sums)
-                for u in range(count):
-                    i = b.add(first, const(u))
-                    start = b.mul(i, const(kind.weights))
-                    for v, w in enumerate(kind.decode(b, ir.at(b, row, kind.nbytes, i))):
-                        so_far = (u * kind.weights // V + v) % SUMS
-                        x_V = ir.load_f32(b, x, b.add(start, const(V * v)))
-                        new[so_far] = ir.fma(b, w, x_V, new[so_far])
+                new[which] = ir.fma(b, w, ir.load_f32(b, x, i), sums[which])
                 return new
 
-            def several(i: Value, sums: list[Value]) -> list[Value]:
-                _prefetch(b, ir.at(b, row, kind.nbytes, i), together * kind.nbytes)
-                return products(i, sums, together)
-
-            blocks = b.udiv(n, const(kind.weights))
-            most = b.and_(blocks, const(-together))
-            sums = ir.loop(b, const(0), most, together, [ir.every(f32, 0)] * SUMS, several)
-            if together > 1:
-                sums = ir.loop(b, most, blocks, 1, sums, lambda i, s: products(i, s, 1))
+            sums = _visit_blocks(Row(b, kind, row, use), n, [ir.every(f32, 0)] * SUMS)
             return ir.total(b, ir.tree(b, sums))
 
         return types.float32(ADDRESS, ADDRESS, ADDRESS), codegen
@@ -154,14 +215,11 @@ def _block_widen(kind: Block) -> Any:
         def codegen(context, b, signature, arguments):
             row, out, n = arguments
 
-            def one(i: Value, _: list[Value]) -> list[Value]:
-                _prefetch(b, ir.at(b, row, kind.nbytes, i), kind.nbytes)
-                start = ir.at(b, out, 4 * kind.weights, i)
-                for v, w in enumerate(kind.decode(b, ir.at(b, row, kind.nbytes, i))):
-                    ir.store(b, w, ir.at(b, start, 4 * V, v))
+            def use(i: Value, w: Value, carried: list[Value], which: int) -> list[Value]:
+                ir.store(b, w, ir.at(b, out, 4, i))
                 return []
 
-            ir.loop(b, const(0), b.udiv(n, const(kind.weights)), 1, [], one)
+            _visit_blocks(Row(b, kind, row, use), n, [])
             return context.get_dummy_value()
 
         return types.void(ADDRESS, ADDRESS, ADDRESS), codegen
@@ -172,19 +230,11 @@ def _block_widen(kind: Block) -> Any:
 # ---- one row of any format -------------------------------------------------------------------
 
 dot_f32, dot_f16, dot_bf16 = map(_plain_dot, PLAIN.values())
-dot_q4_0, dot_q4_1, dot_q5_0, dot_q5_1, dot_q8_0 = (
-    _block_dot(k) for k in list(BLOCKS.values())[:5]
-)
-dot_q2_k, dot_q3_k, dot_q4_k, dot_q5_k, dot_q6_k = (
-    _block_dot(k) for k in list(BLOCKS.values())[5:]
-)
+dot_q4_0, dot_q4_1, dot_q5_0, dot_q5_1, dot_q8_0 = (_block_dot(k) for k in list(BLOCKS.values())[:5])
+dot_q2_k, dot_q3_k, dot_q4_k, dot_q5_k, dot_q6_k = (_block_dot(k) for k in list(BLOCKS.values())[5:])
 widen_f32, widen_f16, widen_bf16 = map(_plain_widen, PLAIN.values())
-widen_q4_0, widen_q4_1, widen_q5_0, widen_q5_1, widen_q8_0 = (
-    _block_widen(k) for k in list(BLOCKS.values())[:5]
-)
-widen_q2_k, widen_q3_k, widen_q4_k, widen_q5_k, widen_q6_k = (
-    _block_widen(k) for k in list(BLOCKS.values())[5:]
-)
+widen_q4_0, widen_q4_1, widen_q5_0, widen_q5_1, widen_q8_0 = (_block_widen(k) for k in list(BLOCKS.values())[:5])
+widen_q2_k, widen_q3_k, widen_q4_k, widen_q5_k, widen_q6_k = (_block_widen(k) for k in list(BLOCKS.values())[5:])
 
 
 @jit
@@ -258,8 +308,37 @@ def widen_rows(code, address, row_bytes, rows, n, out_address):
         widen_row(code, address + r * row_bytes, out_address + r * n * 4, n)
 
 
+
+# ---- the limit -------------------------------------------------------------------------------
+
+
+@intrinsic
+def _read(typingctx, address, nbytes):
+    def codegen(context, b, signature, arguments):
+        address, nbytes = arguments
+        line, lines = vector(ir.i64, 8), 8  # of 64 bytes, each with its own sum
+
+        def several(i: Value, seen: list[Value]) -> list[Value]:
+            places = [ir.at(b, b.add(address, i), 64, k) for k in range(lines)]
+            return [b.xor(v, ir.load(b, at, line)) for v, at in zip(seen, places, strict=True)]
+
+        def one(i: Value, seen: list[Value]) -> list[Value]:
+            return [b.xor(seen[0], b.zext(ir.load(b, b.add(address, i), ir.i8), ir.i64))]
+
+        most = b.and_(nbytes, const(-64 * lines))
+        nothing = [ir.every(ir.i64, 0, 8)] * lines
+        seen = ir.loop(b, const(0), most, 64 * lines, nothing, several)
+        while len(seen) > 1:
+            seen = [b.xor(seen[0], seen[-1]), *seen[1:-1]]
+        return ir.loop(b, most, nbytes, 1, [ir.exclusive_or(b, seen[0])], one)[0]
+
+    return types.int64(ADDRESS, ADDRESS), codegen
+
+
 @jit
-def tile_dots(tile, rows, x_MI, M, n, y_MC):
-    for m in range(M):
-        for r in range(rows):
-            y_MC[m, r] = dot_f32(tile[r * n :].ctypes.data, x_MI[m].ctypes.data, n)
+def read_words(address, nbytes):
+    """The exclusive or of the 64-bit words of memory, and then of the bytes that are left.
+
+    Nothing reads memory faster than this with one thread: the measure of all products above.
+    """
+    return _read(address, nbytes)

@@ -11,13 +11,15 @@ import numpy as np
 from llama3np.backend import host_ids
 from llama3np.cache import Cache, Window
 from llama3np.config import Config
+from llama3np.kernels import tokens
 from llama3np.kernels.attention import attention
 from llama3np.kernels.cpu import gemm_bf16
+from llama3np.kernels.cpu import tokens as compiled
 from llama3np.kernels.cpu.dots import widen_rows as compiled_widen
 from llama3np.kernels.cpu.layout import described, parts_of
-from llama3np.kernels.cpu.shared import new_counters
+from llama3np.kernels.cpu.shared import address, new_counters
 from llama3np.kernels.cpu.softmax import soften
-from llama3np.kernels.cpu.step import PHASES, SPLIT, UNIT, Step, address, own_floats, run, table
+from llama3np.kernels.cpu.step import PHASES, SPLIT, UNIT, Step, own_floats, run, table
 from llama3np.kernels.engine import Engine
 from llama3np.kernels.ggml import FORMATS
 from llama3np.kernels.product import widen_rows
@@ -45,7 +47,12 @@ class CompiledEngine(Engine):
 
         self._has_bf16 = gemm_bf16.supported()
         if profile.dtype == "float32":
-            self.ops = self.ops._replace(attention=partial(attention, pool=pool, soften=soften))
+            self.ops = self.ops._replace(
+                rms_norm=partial(tokens.rms_norm, pool=pool, op=compiled.rms_norm),
+                rope=partial(tokens.rope, pool=pool, op=compiled.rope),
+                attention=partial(attention, pool=pool, soften=soften),
+                swiglu=partial(tokens.swiglu, pool=pool, op=compiled.swiglu),
+            )
 
     @staticmethod
     def widen(w: Any, start: int, stop: int, out: np.ndarray) -> None:
@@ -127,7 +134,7 @@ class CompiledEngine(Engine):
             act_MF=np.empty((M, c.ffn_dim), np.float32),
             wanted_W=np.empty(wanted, np.int64),
             logits_WV=np.empty((wanted, c.vocab_size), np.float32),
-            x_WMX=np.empty((W, M, max(X, c.dim)), np.float32),
+            x_WX=np.empty((W, M * max(X, c.dim)), np.float32),
             tile_WX=np.empty((W, own_floats(self._model)), np.float32),
             y_WMC=np.empty((W, M, 2 * max(unit, c.head_dim)), np.float32),
             ticks_P=np.zeros(phases + 1, np.int64),

@@ -6,7 +6,9 @@ The instruction VDPBF16PS (AVX512_BF16) has 16 float32 sums, takes a pair of bfl
 each from either side, and adds both products: twice the operations of a float32 FMA in its time.
 Intel SDM volume 2, VDPBF16PS: two FMAs for each sum, the odd element of the pair first, each
 rounded to nearest even; subnormal inputs count as 0 and subnormal results become 0; the control
-register MXCSR is neither read nor changed.
+register MXCSR is neither read nor changed. A product of two bfloat16 numbers is exact in float32,
+so only the K additions round: |error| <= K * 2^-24 * sum |x w|, to first order in 2^-24 (Higham,
+Accuracy and Stability of Numerical Algorithms, 4.2), as for any order of summation.
 
 Lanes are rows of x, so that a pair of weights is broadcast to all lanes straight from the file's
 bytes: w is never repacked, and no sum goes across lanes. x is rounded and laid out once for all

@@ -79,6 +79,14 @@ def store(b: Builder, value: Value, address: Value) -> None:
     b.store(value, b.inttoptr(address, ir.PointerType()), align=1)
 
 
+def reserve(b: Builder, count: int) -> Value:
+    """The address of `count` bytes on the stack, for as long as the function runs."""
+    with b.goto_entry_block():  # not numba's own helper, which fills with zeros at each call
+        kept = b.alloca(ir.ArrayType(i8, count))
+        kept.align = 64
+    return b.ptrtoint(kept, i64)
+
+
 def prefetch(b: Builder, address: Value) -> None:
     """Ask for the cache line of an address, which need not exist."""
     kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(), i32, i32, i32])
@@ -117,7 +125,21 @@ def total(b: Builder, value: Value) -> Value:
     return b.call(function, [ir.Constant(f32, -0.0), value], fastmath=("reassoc",))
 
 
+def fold(b: Builder, x: Value, y: Value, width: int) -> Value:
+    """Add pairs of runs of `width` lanes, of x and then of y: a step of summing many vectors."""
+    runs = [range(start, start + width) for start in range(0, 2 * V, width)]
+    even, odd = ([lane for run in part for lane in run] for part in (runs[::2], runs[1::2]))
+    return add(b, *(b.shuffle_vector(x, y, lanes(i32, part)) for part in (even, odd)))
+
+
 # ---- arithmetic ------------------------------------------------------------------------------
+
+
+def exclusive_or(b: Builder, value: Value) -> Value:
+    """All lanes of a 64-bit integer vector in one number."""
+    kind = ir.FunctionType(i64, [value.type])
+    name = f"llvm.vector.reduce.xor.v{value.type.count}i64"
+    return b.call(cgutils.get_or_insert_function(b.module, kind, name), [value])
 
 
 def add(b: Builder, x: Value, y: Value) -> Value:

@@ -19,6 +19,11 @@ LINE = 8  # int64 numbers in a cache line: counters in one line would slow each 
 # ---- memory by its address ---------------------------------------------------------------------
 
 
+def address(array: np.ndarray) -> int:
+    """Where an array's first number lies."""
+    return array.__array_interface__["data"][0]
+
+
 @intrinsic
 def _pointer(typing: Any, address: Any) -> Any:
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
@@ -115,7 +120,10 @@ def look(typing: Any, address: Any) -> Any:
 
 # ---- waiting -----------------------------------------------------------------------------------
 
-_PAUSE = {"x86_64": ("llvm.x86.sse2.pause", []), "amd64": ("llvm.x86.sse2.pause", [])}
+_PAUSE: dict[str, tuple[str, list[int]]] = {
+    "x86_64": ("llvm.x86.sse2.pause", []),
+    "amd64": ("llvm.x86.sse2.pause", []),
+}
 _PAUSE |= dict.fromkeys(("aarch64", "arm64"), ("llvm.aarch64.hint", [1]))
 
 

@@ -1,0 +1,106 @@
+"""Products of a few widened rows of weights with several float32 vectors: a small matrix product.
+
+Weights that were just widened lie in a cache, so arithmetic is the limit: each vector that is
+loaded takes part in several products. Every product is one running sum of V lanes, folded in one
+order, so it has the same bits in whatever company it is calculated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import types
+from numba.extending import intrinsic
+
+from llama3np.kernels.cpu import ir
+from llama3np.kernels.cpu.compiler import jit
+from llama3np.kernels.cpu.ir import Builder, Value, V, const, f32
+
+ADDRESS = types.intp
+ROWS = 4  # of weights at a time; with 4 vectors 16 sums, which stay in registers
+
+
+def _products(b: Builder, ws: list[Value], xs: list[Value], sums: list[Value]) -> list[Value]:
+    """Add the products of every vector of xs with every one of ws, rows of weights fastest."""
+    pairs = [(w, x) for x in xs for w in ws]
+    return [ir.fma(b, w, x, so_far) for (w, x), so_far in zip(pairs, sums, strict=True)]
+
+
+def _folded(b: Builder, sums: list[Value]) -> Value:
+    """The lanes of ROWS sums added up: one vector of ROWS numbers."""
+    halves = [ir.fold(b, *sums[pair : pair + 2], 8) for pair in (0, 2)]
+    folded = ir.fold(b, *halves, 4)
+    for width in (2, 1):
+        folded = ir.fold(b, folded, folded, width)
+    return folded
+
+
+def _tile(rows: int, m: int) -> Any:
+    """y[j, r] = w[r] . x[j] for rows (ROWS or 1) x m of them."""
+
+    @intrinsic
+    def tile(typingctx, w, x, n, y, y_stride):
+        def codegen(context, b, signature, arguments):
+            w, x, n, y, y_stride = arguments
+            nbytes = b.mul(n, const(4))
+            w_rows = [b.add(w, b.mul(nbytes, const(r))) for r in range(rows)]
+            x_rows = [b.add(x, b.mul(nbytes, const(j))) for j in range(m)]
+
+            def step(i: Value, sums: list[Value], count: int) -> list[Value]:
+                ws = [ir.load_f32(b, row, i, count) for row in w_rows]
+                xs = [ir.load_f32(b, row, i, count) for row in x_rows]
+                return _products(b, ws, xs, sums)
+
+            full = b.and_(n, const(-V))
+            sums = [ir.every(f32, 0)] * (rows * m)
+            sums = ir.loop(b, const(0), full, V, sums, lambda i, s: step(i, s, V))
+            rest = [ir.every(f32, 0, 1)] * (rows * m)
+            rest = ir.loop(b, full, n, 1, rest, lambda i, s: step(i, s, 1))
+            for j in range(m):
+                mine = slice(j * rows, (j + 1) * rows)
+                of_rows = _folded(b, (sums[mine] * ROWS)[:ROWS])
+                for r, tail in enumerate(rest[mine]):
+                    number = b.extract_element(of_rows, const(r))
+                    number = ir.add(b, number, b.extract_element(tail, const(0)))
+                    ir.store(b, number, ir.at(b, b.add(y, b.mul(y_stride, const(j))), 4, r))
+            return context.get_dummy_value()
+
+        return types.void(*[ADDRESS] * 5), codegen
+
+    return tile
+
+
+tile_4x4, tile_4x2, tile_4x1, tile_1x1 = _tile(4, 4), _tile(4, 2), _tile(4, 1), _tile(1, 1)
+
+
+@jit
+def tile_dots(w, rows, x, m, n, y, y_stride):
+    """Write the products of `rows` rows with m vectors, all of n float32 and without gaps.
+
+    The product of row r and vector j goes to address y + j * y_stride + 4 * r. What is left of
+    rows or vectors after fours is calculated with some of its neighbours again.
+    """
+    if rows < ROWS:
+        for j in range(m):
+            for r in range(rows):
+                tile_1x1(w + 4 * n * r, x + 4 * n * j, n, y + j * y_stride + 4 * r, y_stride)
+        return
+    for start in range(0, rows, ROWS):
+        r = min(start, rows - ROWS)
+        _four_rows(w + 4 * n * r, x, m, n, y + 4 * r, y_stride)
+
+
+@jit
+def _four_rows(w, x, m, n, y, y_stride):
+    j = 0
+    while j < m:
+        if m >= 4 and j <= m - 3:
+            first = min(j, m - 4)
+            tile_4x4(w, x + 4 * n * first, n, y + first * y_stride, y_stride)
+            j += 4
+        elif j <= m - 2:
+            tile_4x2(w, x + 4 * n * j, n, y + j * y_stride, y_stride)
+            j += 2
+        else:
+            tile_4x1(w, x + 4 * n * j, n, y + j * y_stride, y_stride)
+            j += 1
