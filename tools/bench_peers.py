@@ -27,6 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import bench_attention
 import bench_start
 import made_up
 import make_checkpoint
@@ -214,17 +215,13 @@ def prefill_bf16_mm(b: Bench) -> list[Found]:
 
 def attention_prefill(b: Bench) -> list[Found]:
     """One layer of 8B; materialised scores are timed on one group of heads, and multiplied."""
-    import bench_attention as one_layer  # which compiles kernels as it is imported
-
-    tokens, rng = 8192, np.random.default_rng(0)
-    sizes = (1, tokens, one_layer.N), *[(1, one_layer.K, tokens)] * 2
-    arrays = [rng.standard_normal((*size, one_layer.H), dtype=np.float32) for size in sizes]
-    *_, blocks = one_layer.variants(Pool(b.threads), tokens).values()  # compiled, if it can be
-    gigabytes, _ = one_layer.extra_memory(blocks, arrays)
+    layer = bench_attention.Bench(8192, b.threads, b.rounds)
+    *_, blocks = bench_attention.variants(Pool(b.threads), layer.tokens).values()  # compiled ones
+    gigabytes, _ = layer.extra_memory(blocks)
     ratios = []
     for _ in range(b.rounds):
-        group_s = one_layer.seconds(one_layer.materialised, *arrays)
-        ratios.append(one_layer.K * group_s / one_layer.seconds(blocks, *arrays))
+        group_s = layer.seconds(bench_attention.materialised, *layer.arrays)
+        ratios.append(bench_attention.K * group_s / layer.seconds(blocks, *layer.arrays))
     return [
         Found(ratios, 12, 20, "speed", "{:.1f}x"),
         Found([gigabytes], 0.15, 0.15, "memory", "{:.2f} GB", most=True),
@@ -319,7 +316,7 @@ def line(row: Row, b: Bench) -> str:
     try:
         found = row.measure(b)
         cells = ("; ".join(map(str, found)), "; ".join(one.verdict for one in found))
-    except (InputError, ImportError) as error:
+    except InputError as error:
         cells = (f"not measured: {error}", "-")
     return f"| {' | '.join((row.work, row.bar, row.aim, *cells))} |"
 
