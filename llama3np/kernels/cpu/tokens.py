@@ -9,7 +9,7 @@ import numpy as np
 from llama3np.kernels.cpu.attend import turn_row
 from llama3np.kernels.cpu.compiler import jit
 from llama3np.kernels.cpu.exp import exp_f32
-from llama3np.kernels.cpu.shared import address, floats
+from llama3np.kernels.cpu.shared import address, floats, words
 
 
 @jit
@@ -30,6 +30,18 @@ def gate_row(gate, up, out, n):
     gate_N, up_N, out_N = floats(gate, n), floats(up, n), floats(out, n)
     for i in range(n):
         out_N[i] = gate_N[i] / (np.float32(1) + exp_f32(-gate_N[i])) * up_N[i]
+
+
+@jit
+def round_row(x, n):
+    """Round n float32 at an address to the nearest bfloat16, ties to even, in place."""
+    bits_N = words(x, n)
+    for i in range(n):
+        bits = bits_N[i]
+        odd = (bits >> np.uint32(16)) & np.uint32(1)
+        up = bits + np.uint32(0x7FFF) + odd
+        is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)  # a carry would hide it
+        bits_N[i] = (bits | np.uint32(0x400000) if is_nan else up) & np.uint32(0xFFFF0000)
 
 
 @jit
