@@ -171,7 +171,7 @@ def plain(w):
     return np.asarray(w.stored if isinstance(w, Half) else w).astype(np.float64)
 
 
-def limits(patch, chunk, prefill=32, many=256):
+def limits(patch, chunk, prefill=32, vectors=1024):
     """Make chunks so small that small matrices have several."""
     for name, value in {
         "CHUNK": chunk,
@@ -180,7 +180,7 @@ def limits(patch, chunk, prefill=32, many=256):
         "TILE_ROWS": 5,
     }.items():
         patch.setattr(product, name, value)
-    for name, value in {"SHARE": 10, "PREFILL": prefill, "MANY": many}.items():
+    for name, value in {"SHARE": 10, "PREFILL": prefill, "TILE_VECTORS": vectors}.items():
         patch.setattr(product, name, value)
 
 
@@ -195,15 +195,17 @@ SIZES = st.one_of(st.integers(1, 9), st.sampled_from([31, 32, 40]))
     st.sampled_from(POOLS),
     st.integers(1, 2000),
     st.sampled_from([2, 8, 32]),
-    st.sampled_from([33, 256]),
+    st.sampled_from([32, 1024]),
     seeds,
 )
-def test_products_are_those_of_the_widened_weights(ws, M, wide, pool, chunk, prefill, many, seed):
+def test_products_are_those_of_the_widened_weights(
+    ws, M, wide, pool, chunk, prefill, vectors, seed
+):
     """Every format, number of vectors and of threads, in chunks of any size."""
     ws = [w for w in ws if w.shape[1] == ws[0].shape[1]]
     x_MD = np.random.default_rng(seed).standard_normal((M, ws[0].shape[1])).astype(wide)
     with pytest.MonkeyPatch.context() as patch:
-        limits(patch, chunk, prefill, many)
+        limits(patch, chunk, prefill, vectors)
         found = product.products(x_MD, ws, pool)
     for y_MO, w in zip(found, ws, strict=True):
         exact = x_MD.astype(np.float64) @ plain(w).T

@@ -32,11 +32,10 @@ COLUMNS = 2**19
 # Below this many a second thread gains less than it costs to wake.
 SHARE = 2**17
 # From so many vectors on, BLAS copies parts of both matrices to lay them out for itself. Larger
-# tiles make fewer copies of the vectors: rows of a tile, and its weights at most (32 MiB).
-PREFILL, TILE_ROWS, TILE = 32, 1024, 2**23
-# Below FEW vectors, one product for each is fastest; below MANY, the weights as the left operand
-# (twice as fast as the right one, of the same sums, for up to 64), where a power of 2 is best.
-FEW, MANY = 4, 256
+# tiles make fewer copies of the vectors: rows of a tile, its weights (32 MiB) and vectors at most.
+PREFILL, TILE_ROWS, TILE, TILE_VECTORS = 32, 1024, 2**23, 1024
+# Fewer vectors than this are multiplied one by one.
+FEW = 4
 
 
 def product(x_MD: np.ndarray, w: Any, pool: Pool, widen: Widen | None = None) -> np.ndarray:
@@ -103,16 +102,19 @@ def _multiply(x_PD: np.ndarray, w: Any, start: int, y_MO: np.ndarray, widen: Wid
 def _blas(x_PD: np.ndarray, w_OD: np.ndarray, y_MO: np.ndarray) -> None:
     """Fill y_MO with the first M rows of x_PD @ w_OD.T, in the way that is fastest for so many.
 
-    It is the same for every chunk of a product, so that rows do not depend on how they are cut.
+    With the weights as the left operand BLAS takes half the time for few vectors, and a tenth less
+    for hundreds; the result is then turned by parts that fit the cache.
     """
-    M = len(y_MO)
-    if M < FEW:
+    if len(y_MO) < FEW:
         for x_D, y_O in zip(x_PD, y_MO, strict=True):
             np.matmul(w_OD, x_D, out=y_O)
-    elif M < MANY:
-        y_MO[...] = np.matmul(w_OD, x_PD.T)[:, :M].T
-    else:
-        np.matmul(x_PD, w_OD.T, out=y_MO)
+        return
+    for m in range(0, len(y_MO), TILE_VECTORS):
+        y_NO = y_MO[m : m + TILE_VECTORS]
+        y_OP = np.matmul(w_OD, x_PD[m : m + TILE_VECTORS].T)
+        step = max(16, 8192 // len(y_NO))
+        for i in range(0, len(y_OP), step):
+            y_NO[:, i : i + step] = y_OP[i : i + step, : len(y_NO)].T
 
 
 def _in_planes(w: Any) -> bool:
