@@ -14,10 +14,8 @@ from typing import Any
 import numpy as np
 
 from llama3np.kernels.blocks import Blocks
-from llama3np.kernels.half import Half
-from llama3np.kernels.joined import Joined
 from llama3np.kernels.planes import PLANES, decode_columns, order
-from llama3np.kernels.widening import from_half
+from llama3np.kernels.widening import widen as widen_array
 from llama3np.threads import Pool
 
 # widen(w, start, stop, out) fills `out`, a contiguous array of the product's dtype, with rows start
@@ -148,30 +146,9 @@ def _scratch(shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
     return _kept.bytes[:nbytes].view(dtype).reshape(shape)
 
 
-# ---- widening ---------------------------------------------------------------------------------
-
-
 def widen_rows(w: Any, start: int, stop: int, out: np.ndarray) -> None:
-    """Fill `out` with rows start to stop of a weight, exactly: float32 or float64, contiguous."""
-    stored = w.stored if isinstance(w, Half) else w
-    if isinstance(stored, Blocks):
-        _decode(stored, start, stop, out)
-    elif isinstance(stored, Joined):
-        for part, rows, columns, place in stored.within(start, stop):
-            _widen(part[rows], out[place, columns])
+    """NumPy's way to fill `out`, float32 or float64 and contiguous, with rows start to stop."""
+    if isinstance(w, np.ndarray):
+        widen_array(w[start:stop], out)
     else:
-        _widen(stored[start:stop], out)
-
-
-def _decode(w: Blocks, start: int, stop: int, out: np.ndarray) -> None:
-    if out.dtype == np.float32:
-        w.decode_rows(start, stop, out)
-    else:
-        out[...] = w[start:stop]
-
-
-def _widen(rows: np.ndarray, out: np.ndarray) -> None:
-    if rows.dtype == np.float16 and out.dtype == np.float32:
-        from_half(rows.view(np.int16), out)
-    else:
-        np.copyto(out, rows, casting="unsafe")  # widening only; ml_dtypes types are "unsafe"
+        w.widen(start, stop, out)
