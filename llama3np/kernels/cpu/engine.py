@@ -15,6 +15,7 @@ from llama3np.kernels import tokens
 from llama3np.kernels.attention import attention
 from llama3np.kernels.cpu import gemm_bf16
 from llama3np.kernels.cpu import tokens as compiled
+from llama3np.kernels.cpu.compiler import announce
 from llama3np.kernels.cpu.dots import widen_rows as compiled_widen
 from llama3np.kernels.cpu.layout import described, parts_of
 from llama3np.kernels.cpu.shared import address, new_counters
@@ -40,6 +41,7 @@ class CompiledEngine(Engine):
 
     def __init__(self, params: Params, config: Config, profile: Profile, pool: Pool):
         super().__init__(params, config, profile, pool)
+        announce()
         self.model: Any = described(params, config, profile, pool.threads)
         self._spare: list[Room] = []  # room of finished steps, for the next one of its shape
         self._angles = Angles(config)
