@@ -12,12 +12,13 @@ import numpy as np
 
 from llama3np import generate as generation
 from llama3np.cache import Cache, new_cache
+from llama3np.cache import kv_dtype as cache_dtype
 from llama3np.chat import chat_ids
 from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.kernels import stored
 from llama3np.kernels.engine import make_engine
-from llama3np.numerics import cache_dtype, profile
+from llama3np.numerics import profile
 from llama3np.params import Params, check, named
 from llama3np.sample import GREEDY, Sampling
 
@@ -81,7 +82,7 @@ class Llama:
         self.stop_ids = frozenset(as_ids(stop_ids))
         own = min(config.context_length, DEFAULT_CONTEXT)
         self.max_seq_len = own if max_seq_len is None else as_count("max_seq_len", max_seq_len, 1)
-        self.cache_dtype = cache_dtype(kv_dtype, self.profile)
+        self.cache_dtype = cache_dtype(kv_dtype, self.profile.dtype)
         chunk = generation.CHUNK if prefill_chunk is None else prefill_chunk
         self.prefill_chunk = as_count("prefill_chunk", chunk, 1)
         threads = None if threads is None else as_count("threads", threads, 1)

@@ -22,25 +22,9 @@ PROFILES = {
     "bf16-mm": Profile("bf16-mm", "float32", rounded=True),
 }
 
-# What a cache may store keys and values as, by the names of the command line.
-CACHE_DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
-
 
 def profile(name: str) -> Profile:
     """Look a profile up by its name; raise InputError for a name that is none."""
     if name not in PROFILES:
         raise InputError(f"dtype: expected one of {', '.join(PROFILES)}, found {name!r}")
     return PROFILES[name]
-
-
-def cache_dtype(name: str | None, profile: Profile) -> str:
-    """The dtype of a cache: the profile's own, or a shorter one by its name in CACHE_DTYPES.
-
-    Raises InputError for a name that is none, and for any with float64, the oracle.
-    """
-    if name is None:
-        return profile.dtype
-    if name not in CACHE_DTYPES or profile.dtype != "float32":
-        expected = ", ".join(CACHE_DTYPES) if profile.dtype == "float32" else "none"
-        raise InputError(f"kv_dtype: expected {expected} with {profile.name}, found {name!r}")
-    return CACHE_DTYPES[name]

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from llama3np.cache import KV_DTYPES
 from llama3np.chat import FORMATS
 from llama3np.cost import tensor_bytes
 from llama3np.errors import InputError
@@ -20,7 +21,7 @@ from llama3np.kernels.engine import ENGINES
 from llama3np.llm import Llama, Step, load
 from llama3np.load import Inspection, Stored, inspect
 from llama3np.load.installed import MODELS, resolve
-from llama3np.numerics import CACHE_DTYPES, PROFILES
+from llama3np.numerics import PROFILES
 from llama3np.params import named_shapes
 from llama3np.presets import PRESETS
 
@@ -34,7 +35,7 @@ def load_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-seq-len", type=int, metavar="N", help="prompt + new tokens at most")
     parser.add_argument("--engine", choices=ENGINES, help="numba where it is installed")
     parser.add_argument("--threads", type=int, metavar="N", help="the physical cores if not given")
-    parser.add_argument("--kv-dtype", choices=CACHE_DTYPES, help="of cached keys and values: f32")
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES, help="of cached keys and values: f32")
     parser.add_argument(
         "--prefill-chunk", type=int, metavar="N", help=f"prompt tokens at a time: {CHUNK}"
     )

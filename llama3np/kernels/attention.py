@@ -22,7 +22,7 @@ from llama3np.threads import Pool
 ROWS = 768
 SCRATCH = ROWS * ROWS
 # Up to so many scores the plain operation, which makes fewer calls, is the faster one.
-FEW = 2**14
+FEW = 2**15
 
 # (scores_RC, counts_R, peaks_R, totals_R, sums_RH), see `soften`
 Soften = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]

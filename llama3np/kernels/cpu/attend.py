@@ -1,7 +1,8 @@
 """Attention of one decode step: every query of a group against the cache, in parts.
 
 A part covers at most SPLIT slots of one key/value head; `combine` merges the parts of a head. Where
-the cuts are depends on the context alone, so results do not depend on the number of threads.
+the cuts are depends on the context alone, so results do not depend on the number of threads. A
+thread best takes a few neighbouring parts in a row: the end of one fetches the keys of the next.
 All functions take addresses (intp). kv_code is ggml's number of the cache's format.
 
 Reading keys and values takes the time, so a row that is read serves all heads of its group: heads
@@ -33,9 +34,9 @@ TILES = (1, 2, 4)  # heads that are done at once, U
 WIDTHS = (64, 32, 16, 1)  # columns of the values that are done at once
 FORMATS = {F32: PLAIN["F32"], F16: PLAIN["F16"], BF16: PLAIN["BF16"]}
 LINE = 64  # bytes that are fetched at once
-# Measured, in steps of 2: the processor's own foresight, left alone, reads at half the rate.
+# Measured: the processor's own prefetching, left alone, reads at half the rate.
 AHEAD = 8192  # bytes from what is used to what is fetched
-RUN = 16  # rows whose values stay in the nearest cache while their columns are done in turn
+RUN = 4096  # values that stay in the nearest cache while columns are done in turn
 
 # ---- pieces of vector code --------------------------------------------------------------------
 
@@ -56,6 +57,13 @@ def _rows(b: Builder, address: Value, stride: Value, count: Value, n: int) -> li
     last = b.sub(count, const(1))
     least = [b.select(b.icmp_signed("<", const(i), last), const(i), last) for i in range(n)]
     return [b.add(address, b.mul(i, stride)) for i in least]
+
+
+def _soon(b: Builder, rows: Value, following: Value, s: Value, n: Value, row_bytes: Value) -> Value:
+    """The address of row s of n, and of what follows as if it were more of them."""
+    beyond = b.icmp_signed(">=", s, n)
+    base = b.select(beyond, following, rows)
+    return b.add(base, b.mul(b.select(beyond, b.sub(s, n), s), row_bytes))
 
 
 def _specialise(
@@ -110,35 +118,42 @@ def _over_heads(b: Builder, x: Value, U: int, join: Callable) -> Value:
 
 
 @intrinsic
-def _score_tile(typingctx, U, code, q, heads, k, rows, H, fetch, out):
-    """Write the products of U heads with 16 / U keys, of their whole vectors, to out: 16 float32.
+def _products(typingctx, U, code, q, heads, k, n, H, following, out):
+    """Write the products of U heads with n keys: of key s and head g at out[s * U + g].
 
-    Keys first: key i and head g have place i * U + g. Places beyond heads and rows repeat the last.
-    fetch: address of the keys that will be wanted soon.
+    Whole vectors of H alone count, and 16 products are written at a time: where heads or keys are
+    missing, the last is repeated. following: address of what will be wanted after the last key.
     """
 
     def codegen(context, b, signature, arguments):
-        U, code, q, heads, k, rows, H, fetch, out = arguments
+        U, code, q, heads, k, n, H, following, out = arguments
 
         def emit(U: int, code: int) -> None:
-            kind, size, keys = FORMATS[code], FORMATS[code].nbytes, V // U
+            kind, keys = FORMATS[code], V // U
+            row_bytes = ir.at(b, const(0), kind.nbytes, H)
             q_rows = _rows(b, q, ir.at(b, const(0), 4, H), heads, U)
-            k_rows = _rows(b, k, ir.at(b, const(0), size, H), rows, keys)
+            ahead = b.add(b.udiv(const(AHEAD), row_bytes), const(1))
 
-            def column(h: Value, sums: list[Value]) -> list[Value]:
-                queries = [ir.load_f32(b, row, h) for row in q_rows]
-                soon, new = ir.at(b, fetch, size * keys, h), []
-                for i, row in enumerate(k_rows):
-                    _fetch(b, soon, i, size)
-                    key = kind.load(b, row, h, V)
-                    new += [
-                        ir.fma(b, key, query, sums[i * U + g]) for g, query in enumerate(queries)
-                    ]
-                return new
+            def tile(s: Value, _: list[Value]) -> list[Value]:
+                k_rows = _rows(b, b.add(k, b.mul(s, row_bytes)), row_bytes, b.sub(n, s), keys)
+                soon = _soon(b, k, following, b.add(s, ahead), n, row_bytes)
 
-            whole = b.and_(H, const(-V))
-            sums = ir.loop(b, const(0), whole, V, [every(ir.f32, 0)] * V, column)
-            ir.store(b, _sums(b, sums), out)
+                def column(h: Value, sums: list[Value]) -> list[Value]:
+                    queries = [ir.load_f32(b, row, h) for row in q_rows]
+                    fetched, new = ir.at(b, soon, kind.nbytes * keys, h), []
+                    for i, row in enumerate(k_rows):
+                        _fetch(b, fetched, i, kind.nbytes)
+                        key = kind.load(b, row, h, V)
+                        so_far = sums[i * U : i * U + U]
+                        new += [ir.fma(b, key, *pair) for pair in zip(queries, so_far, strict=True)]
+                    return new
+
+                whole = b.and_(H, const(-V))
+                sums = ir.loop(b, const(0), whole, V, [every(ir.f32, 0)] * V, column)
+                ir.store(b, _sums(b, sums), ir.at(b, out, 4 * U, s))
+                return []
+
+            ir.loop(b, const(0), n, keys, [], tile)
 
         _specialise(b, [(U, TILES), (code, FORMATS)], emit)
         return context.get_dummy_value()
@@ -150,29 +165,24 @@ def _score_tile(typingctx, U, code, q, heads, k, rows, H, fetch, out):
 def _exponentials(typingctx, U, scores, count, scale, heads, stride, part):
     """Turn scores into exp(scale * score - m), with m the largest of each head; write m and z.
 
-    count: of the scores, U for each key; from there to a whole vector zeros are written.
+    count: of the scores, U for each key; from there to a whole vector they are -inf.
     """
 
     def codegen(context, b, signature, arguments):
         U, scores, count, scale, heads, stride, part = arguments
 
         def emit(U: int) -> None:
-            scales, places = ir.splat(b, scale), ir.lanes(ir.i64, range(V))
-
-            def real(i: Value, here: Value, beyond: float) -> Value:
-                inside = b.icmp_signed("<", places, ir.splat(b, b.sub(count, i)))
-                return b.select(inside, here, every(ir.f32, beyond))
+            scales = ir.splat(b, scale)
 
             def largest(i: Value, found: list[Value]) -> list[Value]:
-                score = real(i, ir.load_f32(b, scores, i), -inf)
-                return [_larger(b, score, found[0])]
+                return [_larger(b, ir.load_f32(b, scores, i), found[0])]
 
             found = ir.loop(b, const(0), count, V, [every(ir.f32, -inf)], largest)
             m = ir.multiply(b, _over_heads(b, found[0], U, _larger), scales)
 
             def power(i: Value, sums: list[Value]) -> list[Value]:
                 score = ir.multiply(b, ir.load_f32(b, scores, i), scales)
-                power = real(i, exp.emit_exp(b, b.fsub(score, m)), 0)
+                power = exp.emit_exp(b, b.fsub(score, m))
                 ir.store(b, power, ir.at(b, scores, 4, i))
                 return [ir.add(b, power, sums[0])]
 
@@ -215,8 +225,10 @@ def _add_values(typingctx, width, U, code, weights, v, rows, H, heads, stride, f
                 for c in range(count):
                     _fetch(b, soon, c, size)
                     values.append(kind.load(b, at, const(V * c), lanes))
-                powers = ir.load(b, ir.at(b, weights, 4 * U, i), vector(ir.f32, U))
-                splats = [ir.pick(b, powers, [g] * lanes) for g in range(U)]
+                powers = ir.at(b, weights, 4 * U, i)
+                splats = [
+                    ir.splat(b, ir.load(b, ir.at(b, powers, 4, g), ir.f32), lanes) for g in range(U)
+                ]
                 terms = [(power, value) for power in splats for value in values]
                 return [ir.fma(b, *term, total) for term, total in zip(terms, sums, strict=True)]
 
@@ -261,26 +273,16 @@ def _dot(kv_code, row, x, n):
 
 
 @jit
-def _soon(this, following, s, n, row_bytes):
-    """The address of the rows to fetch when row s of n is used; after the last come others."""
-    soon = s + AHEAD // row_bytes + 1
-    return this + soon * row_bytes if soon < n else following + (soon - n) * row_bytes
-
-
-@jit
 def _scores(U, kv_code, q, heads, k, n, H, following, scores):
-    """Write the products of U heads with n keys: of key s and head g at scores[s * U + g]."""
-    size, keys, whole = _size(kv_code), V // U, H // V * V
-    row_bytes = H * size
-    for s in range(0, n, keys):
-        at, rows, to = k + s * row_bytes, min(keys, n - s), scores + 4 * s * U
-        soon = _soon(k, following, s, n, row_bytes)
-        _score_tile(U, kv_code, q, heads, at, rows, H, soon, to)
-    to, rest = _floats(scores), H - whole
-    for i in range(n * U if rest else 0):
+    """Write the products of U heads with n keys, and -inf from there to a whole vector."""
+    _products(U, kv_code, q, heads, k, n, H, following, scores)
+    to, size, whole = _floats(scores), _size(kv_code), H // V * V
+    for i in range(n * U if whole < H else 0):
         s, g = i // U, min(i % U, heads - 1)
-        row, query = k + s * row_bytes + whole * size, q + 4 * (g * H + whole)
-        to[i] += _dot(kv_code, row, query, rest)
+        row, query = k + (s * H + whole) * size, q + (g * H + whole) * 4
+        to[i] += _dot(kv_code, row, query, H - whole)
+    for i in range(n * U, (n * U + V - 1) // V * V):
+        to[i] = -inf
 
 
 @jit
@@ -292,9 +294,11 @@ def _values(U, kv_code, weights, v, n, H, heads, following, out):
         row = _floats(out + g * stride)
         for h in range(H):
             row[h] = 0
-    for s in range(0, n, RUN):
-        at, rows, weight, h = v + s * row_bytes, min(RUN, n - s), weights + 4 * s * U, 0
-        soon = _soon(v, following, s, n, row_bytes)
+    run, ahead = RUN // H + 1, AHEAD // row_bytes + 1
+    for s in range(0, n, run):
+        at, rows, weight, h = v + s * row_bytes, min(run, n - s), weights + 4 * s * U, 0
+        soon = s + ahead
+        soon = v + soon * row_bytes if soon < n else following + (soon - n) * row_bytes
         while h < H:
             rest = H - h
             width = 64 if rest >= 64 else 32 if rest >= 32 else 16 if rest >= 16 else 1

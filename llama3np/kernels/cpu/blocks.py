@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from llama3np.kernels.cpu import ir
-from llama3np.kernels.cpu.ir import Builder, Value, V, f32, i8, i16, i32, vector
+from llama3np.kernels.cpu.ir import Builder, V, Value, f32, i8, i16, i32, vector
 from llama3np.kernels.ggml import FORMATS
 
 # One instruction that looks 16 numbers up in a table of 16, by the lowest 4 bits of each index,
@@ -57,7 +57,7 @@ def twice(b: Builder, address: Value) -> Value:
 
 
 def moved(b: Builder, value: Value, first: int, second: int) -> Value:
-    """Both halves of 16-bit lanes shifted: left, or right if the number is negative."""
+    """Both halves of 16-bit lanes shifted the same way: left, or right by negative numbers."""
     bits = ir.lanes(i16, [abs(first)] * 16 + [abs(second)] * 16)
     return (b.shl if first > 0 else b.lshr)(value, bits)
 
@@ -75,7 +75,7 @@ def bit_is_set(b: Builder, bytes_: Value, bit: int) -> Value:
 
 
 def scaled(b: Builder, q: Value, d: Value, minimum: Value | None) -> Value:
-    """D * q + minimum."""
+    """The weights d * q + minimum."""
     return ir.multiply(b, d, q) if minimum is None else ir.fma(b, d, q, minimum)
 
 
@@ -156,7 +156,7 @@ def _q2_k(b: Builder, block: Value, kept: Value) -> list[Value]:
 
 
 def _q2_k_scales(b: Builder, block: Value, kept: Value) -> None:
-    """d * scale and -dmin * minimum, of 4 bits each."""
+    """Keep d * scale and -dmin * minimum, of 4 bits each."""
     packed = unsigned(b, block)
     d, dmin = scale(b, ir.at(b, block, 80)), scale(b, ir.at(b, block, 82))
     scales = b.sitofp(low_bits(b, packed, 4), vector(f32))
@@ -176,7 +176,7 @@ def _q3_k(b: Builder, block: Value, kept: Value) -> list[Value]:
 
 
 def _q3_k_scales(b: Builder, block: Value, kept: Value) -> None:
-    """d * (scale - 32), of 6 bits: 8 bytes of two low parts, 4 bytes of four high pairs."""
+    """Keep d * (scale - 32), of 6 bits: 8 bytes of two low parts, 4 bytes of four high pairs."""
     low = ir.pick(b, unsigned(b, ir.at(b, block, 96), 8), [*range(8)] * 2)
     low = low_bits(b, b.lshr(low, ir.lanes(i32, [0] * 8 + [4] * 8)), 4)
     high = ir.pick(b, unsigned(b, ir.at(b, block, 104), 4), [*range(4)] * 4)
@@ -202,7 +202,7 @@ def _q5_k(b: Builder, block: Value, kept: Value) -> list[Value]:
 
 
 def _q5_k_bytes(b: Builder, block: Value, kept: Value) -> None:
-    """Scales as Q4_K's, then each weight in a byte of its own."""
+    """Keep scales as Q4_K's, then each weight in a byte of its own."""
     _q4_k_scales(b, block, kept)
     fifths = twice(b, ir.at(b, block, 16))
     for pair in range(4):  # of runs of 32 weights: bits 2 * pair and 2 * pair + 1 become bit 4
@@ -212,7 +212,7 @@ def _q5_k_bytes(b: Builder, block: Value, kept: Value) -> None:
 
 
 def _q4_k_scales(b: Builder, block: Value, kept: Value) -> None:
-    """d * scale, then -dmin * minimum, of the eight runs of Q4_K and Q5_K.
+    """Keep d * scale, then -dmin * minimum, of the eight runs of Q4_K and Q5_K.
 
     The first four of each are the lower 6 bits of whole bytes, whose upper 2 bits are the upper
     part of the other four; the lower 4 bits of those share bytes.
@@ -237,7 +237,7 @@ def _q6_k(b: Builder, block: Value, kept: Value) -> list[Value]:
 
 
 def _q6_k_bytes(b: Builder, block: Value, kept: Value) -> None:
-    """d * scale, then each weight in a byte of its own."""
+    """Keep d * scale, then each weight in a byte of its own."""
     d = scale(b, ir.at(b, block, 208))
     ir.store(b, ir.multiply(b, d, signed(b, ir.at(b, block, 192))), kept)
     for half in range(2):  # of 128 weights: 64 bytes of two, 32 bytes of four
@@ -253,6 +253,10 @@ def _q6_k_bytes(b: Builder, block: Value, kept: Value) -> None:
 # ---- the table -------------------------------------------------------------------------------
 
 
+Decode = Callable[[Builder, Value, Value], list[Value]]  # (b, block, address of what was kept)
+Prepare = Callable[[Builder, Value, Value], None]
+
+
 class Block(NamedTuple):
     """How compiled code reads a format.
 
@@ -263,8 +267,8 @@ class Block(NamedTuple):
 
     weights: int  # of one block
     nbytes: int
-    decode: Callable[[Builder, Value, Value], list[Value]]  # (b, address, address of the kept)
-    prepare: Callable[[Builder, Value, Value], None] | None = None
+    decode: Decode
+    prepare: Prepare | None = None
     kept: int = 0
 
 

@@ -134,7 +134,7 @@ class CompiledEngine(Engine):
             act_MF=np.empty((M, c.ffn_dim), np.float32),
             wanted_W=np.empty(wanted, np.int64),
             logits_WV=np.empty((wanted, c.vocab_size), np.float32),
-            x_WMX=np.empty((W, M, max(X, c.dim)), np.float32),
+            x_WX=np.empty((W, M * max(X, c.dim)), np.float32),
             tile_WX=np.empty((W, own_floats(self._model)), np.float32),
             y_WMC=np.empty((W, M, 2 * max(unit, c.head_dim)), np.float32),
             ticks_P=np.zeros(phases + 1, np.int64),

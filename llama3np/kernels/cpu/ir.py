@@ -12,9 +12,12 @@ from typing import Any
 
 import llvmlite.binding
 import numba.core.config
+import numba.extending
 from llvmlite import ir
 from numba.core import cgutils
 
+intrinsic: Any = numba.extending.intrinsic  # its own type is that of the undecorated function
+_SETTINGS: Any = numba.core.config
 Value = Any  # of LLVM: a register, so to speak
 Builder = Any
 
@@ -34,7 +37,7 @@ def vector(element: Any, lanes: int = V) -> Any:
 
 def host_has(feature: str) -> bool:
     """Whether numba compiles for processors with this feature, in LLVM's spelling."""
-    chosen = numba.core.config.CPU_FEATURES  # set by NUMBA_CPU_FEATURES or NUMBA_CPU_NAME=generic
+    chosen = _SETTINGS.CPU_FEATURES  # set by NUMBA_CPU_FEATURES or NUMBA_CPU_NAME=generic
     features = llvmlite.binding.get_host_cpu_features().flatten() if chosen is None else chosen
     return f"+{feature}" in features.split(",")
 
@@ -143,17 +146,17 @@ def exclusive_or(b: Builder, value: Value) -> Value:
 
 
 def add(b: Builder, x: Value, y: Value) -> Value:
-    """X + y of floats."""
+    """Floats x + y."""
     return b.fadd(x, y, flags=STRICT)
 
 
 def multiply(b: Builder, x: Value, y: Value) -> Value:
-    """X * y of floats."""
+    """Floats x * y."""
     return b.fmul(x, y, flags=STRICT)
 
 
 def fma(b: Builder, x: Value, y: Value, z: Value) -> Value:
-    """X * y + z of float32 vectors, rounded once where the processor can."""
+    """Float32 vectors x * y + z, rounded once where the processor can."""
     kind = ir.FunctionType(x.type, [x.type] * 3)
     name = f"llvm.fmuladd.v{x.type.count}f32"
     return b.call(cgutils.get_or_insert_function(b.module, kind, name), [x, y, z])
@@ -201,7 +204,7 @@ def _widen_f16_by_integers(b: Builder, bits: Value) -> Value:
     return b.bitcast(b.or_(magnitude, sign), vector(f32, count))
 
 
-# ---- loops -----------------------------------------------------------------------------------
+# ---- loops and choices -----------------------------------------------------------------------
 
 
 def loop(
@@ -212,7 +215,7 @@ def loop(
     carried: Sequence[Value],
     body: Callable[[Value, list[Value]], Sequence[Value]],
 ) -> list[Value]:
-    """For i in range(start, stop, step): carried = body(i, carried)."""
+    """Code of: for i in range(start, stop, step): carried = body(i, carried)."""
     before = b.block
     names = ("loop", "body", "after")
     head, inside, after = (b.function.append_basic_block(name) for name in names)
@@ -229,3 +232,26 @@ def loop(
     b.branch(head)
     b.position_at_end(after)
     return phis
+
+
+Cases = dict[int, Callable[[], Value]]
+
+
+def choose(b: Builder, number: Value, cases: Cases, otherwise: Value | None = None) -> Value:
+    """The value that the case of a run-time number gives; nothing without `otherwise`."""
+    results = [(otherwise, b.block)]
+    after = b.function.append_basic_block("chosen")
+    switch = b.switch(number, after)
+    for key, write in cases.items():
+        case = b.function.append_basic_block(f"case{key}")
+        switch.add_case(const(key), case)
+        b.position_at_end(case)
+        results.append((write(), b.block))
+        b.branch(after)
+    b.position_at_end(after)
+    if otherwise is None:
+        return None
+    chosen = b.phi(otherwise.type)
+    for value, block in results:
+        chosen.add_incoming(value, block)
+    return chosen

@@ -57,6 +57,12 @@ def floats_4(address, a, b, c, d):
 
 
 @jit
+def row_of(x_AB, a):
+    """The address of a row of a matrix without gaps."""
+    return x_AB.ctypes.data + x_AB.itemsize * x_AB.shape[1] * a
+
+
+@jit
 def integers(address, n):
     """An array of n int64 numbers at an address."""
     return carray(_pointer(address), n, np.int64)
@@ -171,8 +177,8 @@ def ticks(typing: Any) -> Any:
 # ---- phases ------------------------------------------------------------------------------------
 # The units of a phase are divided among the workers, a stretch each, and whoever has done his own
 # helps with the others': so each reads memory in order, which is a quarter faster than taking
-# turns, and all end together. counters_PC has a row for each phase: the units done and then, a
-# cache line each, those taken of every worker's stretch.
+# turns, and all end together. Each phase has a row of counters, at an address: the units done and
+# then, a cache line each, those taken of every worker's stretch.
 
 SPINS = 4000  # pauses, some 50 microseconds, before others get the core
 
@@ -183,14 +189,18 @@ def new_counters(phases: int, workers: int) -> np.ndarray:
 
 
 @jit
-def take_unit(counters_PC, phase, worker, units):
+def counters_of(counters_PC, phase):
+    """Where the counters of a phase are."""
+    return counters_PC.ctypes.data + 8 * counters_PC.shape[1] * phase
+
+
+@jit
+def take_unit(counters, worker, workers, units):
     """The next unit of a phase for this worker; `units` if none is left."""
-    workers = counters_PC.shape[1] // LINE - 1
-    line = counters_PC[phase:].ctypes.data + 8 * LINE
     for i in range(workers):
         owner = (worker + i) % workers
         first, stop = units * owner // workers, units * (owner + 1) // workers
-        taken = line + 8 * LINE * owner
+        taken = counters + 8 * LINE * (1 + owner)
         if look(taken) < stop - first:  # taking beyond would do no harm, but slow the owner
             unit = first + take(taken)
             if unit < stop:
@@ -199,22 +209,22 @@ def take_unit(counters_PC, phase, worker, units):
 
 
 @jit
-def finish_unit(counters_PC, phase):
+def finish_unit(counters):
     """Count a unit as done, and all that was written for it."""
-    take(counters_PC[phase:].ctypes.data)
+    take(counters)
 
 
 @jit
-def all_done(counters_PC, phase, units):
+def all_done(counters, units):
     """Whether every unit of a phase is done, and all that was written for them can be seen."""
-    return look(counters_PC[phase:].ctypes.data) == units
+    return look(counters) == units
 
 
 @jit
-def wait_for(counters_PC, phase, units):
+def wait_for(counters, units):
     """Wait until all units of a phase are done, whoever does them."""
     spins = 0
-    while not all_done(counters_PC, phase, units):
+    while not all_done(counters, units):
         spins += 1
         pause()
         if spins > SPINS:

@@ -25,7 +25,7 @@ import numpy as np
 
 from llama3np.kernels.cpu.attend import SCRATCH, SPLIT, attend_part, combine, store_row, turn_row
 from llama3np.kernels.cpu.compiler import jit
-from llama3np.kernels.cpu.dots import row_dot, tile_dots, widen_row
+from llama3np.kernels.cpu.dots import row_dot, widen_row
 from llama3np.kernels.cpu.shared import (
     address,
     all_done,
@@ -42,6 +42,7 @@ from llama3np.kernels.cpu.shared import (
     ticks,
     wait_for,
 )
+from llama3np.kernels.cpu.tiles import tile_dots
 from llama3np.kernels.cpu.tokens import gate_row, norm_row
 
 PHASES = 5  # of a layer
@@ -86,7 +87,7 @@ class Step(NamedTuple):
     act_MF: np.ndarray
     wanted_W: np.ndarray  # the tokens whose logits are wanted
     logits_WV: np.ndarray
-    x_WMX: np.ndarray  # each worker's own: normed activations,
+    x_WX: np.ndarray  # each worker's own: what is multiplied, for all tokens,
     tile_WX: np.ndarray  # widened rows, and
     y_WMC: np.ndarray  # products of a unit
     ticks_P: np.ndarray  # out: when worker 0 had finished each phase
@@ -148,10 +149,10 @@ def _step(t):
         floats_2(t[29], t[30], t[31]),
         integers(t[32], t[33]),
         floats_2(t[34], t[35], t[36]),
-        floats_3(t[37], t[38], t[39], t[40]),
-        floats_2(t[41], t[42], t[43]),
-        floats_3(t[44], t[45], t[46], t[47]),
-        integers(t[48], t[49]),
+        floats_2(t[37], t[38], t[39]),
+        floats_2(t[40], t[41], t[42]),
+        floats_3(t[43], t[44], t[45], t[46]),
+        integers(t[47], t[48]),
     )
 
 
@@ -185,7 +186,7 @@ def _end(worker, step, phase, units):
 def _heads(worker, model, step, layer, phase):
     units = model.n_heads + 2 * model.n_kv_heads
     if not all_done(step.counters_PC, phase, units):
-        x_MD = step.x_WMX[worker]
+        x_MD = _own(worker, step, *step.h_MD.shape)
         _norm(step.h_MD, model.attn_norm_LD[layer], model, x_MD)
         unit = take_unit(step.counters_PC, phase, worker, units)
         while unit < units:
@@ -202,7 +203,8 @@ def _head(worker, model, step, layer, unit, x_MD):
     which = WQ if unit < N else (WK if unit < N + K else WV)
     head = unit - (0 if which == WQ else (N if which == WK else N + K))
     y_MC = step.y_WMC[worker]
-    _product(worker, model, step, 7 * layer + which, head * H, H, x_MD, y_MC)
+    w = 7 * layer + which
+    _product(worker, model, step, w, head * H, H, x_MD, y_MC.ctypes.data, 4 * y_MC.shape[1])
     item = 4 if step.cache_code == 0 else 2
     for m in range(len(y_MC)):
         y = y_MC[m].ctypes.data
@@ -251,7 +253,7 @@ def _out(worker, model, step, layer, phase):
     w = 7 * layer + WO
     units = _units(model, w)
     if not all_done(step.counters_PC, phase, units):
-        x_MX = step.x_WMX[worker]
+        x_MX = _own(worker, step, *step.q_MX.shape)
         _combine(model, step, x_MX)
         _add_product(worker, model, step, w, phase, units, x_MX)
     _end(worker, step, phase, units)
@@ -268,7 +270,7 @@ def _combine(model, step, x_MX):
         for k in range(K):
             out = x_MX[m, k * G * H :].ctypes.data
             combine(step.parts_MKXP[m, k].ctypes.data, n_parts, 4 * P, G, H, out)
-        _round(model, x_MX[m, : model.n_heads * H])
+        _round(model, x_MX[m])
 
 
 @jit
@@ -276,7 +278,7 @@ def _gated(worker, model, step, layer, phase):
     w = 7 * layer + W_GATE
     units = _units(model, w)
     if not all_done(step.counters_PC, phase, units):
-        x_MD = step.x_WMX[worker]
+        x_MD = _own(worker, step, *step.h_MD.shape)
         _norm(step.h_MD, model.mlp_norm_LD[layer], model, x_MD)
         unit = take_unit(step.counters_PC, phase, worker, units)
         while unit < units:
@@ -290,12 +292,14 @@ def _gated(worker, model, step, layer, phase):
 def _gate_up(worker, model, step, w, unit, x_MD):
     """silu(gate) * up for a unit of rows."""
     first, count = _rows(model, w, unit)
-    gate_MC, up_MC = step.y_WMC[worker], step.y_WMC[worker][:, model.matrices_XF[w, UNIT] :]
-    _product(worker, model, step, w, first, count, x_MD, gate_MC)
-    _product(worker, model, step, w + 1, first, count, x_MD, up_MC)
-    for m in range(len(gate_MC)):
+    y_MC = step.y_WMC[worker]
+    stride = 4 * y_MC.shape[1]
+    gate, up = y_MC.ctypes.data, y_MC.ctypes.data + 4 * model.matrices_XF[w, UNIT]
+    _product(worker, model, step, w, first, count, x_MD, gate, stride)
+    _product(worker, model, step, w + 1, first, count, x_MD, up, stride)
+    for m in range(len(y_MC)):
         act_C = step.act_MF[m, first : first + count]
-        gate_row(gate_MC[m].ctypes.data, up_MC[m].ctypes.data, act_C.ctypes.data, count)
+        gate_row(gate + m * stride, up + m * stride, act_C.ctypes.data, count)
         _round(model, act_C)
 
 
@@ -314,7 +318,7 @@ def _add_product(worker, model, step, w, phase, units, x_MX):
     unit = take_unit(step.counters_PC, phase, worker, units)
     while unit < units:
         first, count = _rows(model, w, unit)
-        _product(worker, model, step, w, first, count, x_MX, y_MC)
+        _product(worker, model, step, w, first, count, x_MX, y_MC.ctypes.data, 4 * y_MC.shape[1])
         for m in range(len(y_MC)):
             for i in range(count):
                 step.h_MD[m, first + i] += y_MC[m, i]
@@ -328,14 +332,16 @@ def _logits(worker, model, step, phase):
     units = _units(model, w)
     if not all_done(step.counters_PC, phase, units):
         W = len(step.wanted_W)
-        x_WD, y_WC = step.x_WMX[worker][:W], step.y_WMC[worker][:W]
+        x_WD, y_WC = _own(worker, step, W, step.h_MD.shape[1]), step.y_WMC[worker]
         for i in range(W):
             m = step.wanted_W[i]
             _norm(step.h_MD[m : m + 1], model.norm_D, model, x_WD[i : i + 1])
         unit = take_unit(step.counters_PC, phase, worker, units)
         while unit < units:
             first, count = _rows(model, w, unit)
-            _product(worker, model, step, w, first, count, x_WD, y_WC)
+            _product(
+                worker, model, step, w, first, count, x_WD, y_WC.ctypes.data, 4 * y_WC.shape[1]
+            )
             for i in range(W):
                 for j in range(count):
                     step.logits_WV[i, first + j] = y_WC[i, j]
@@ -348,12 +354,18 @@ def _logits(worker, model, step, phase):
 
 
 @jit
+def _own(worker, step, rows, columns):
+    """A worker's own room for what is multiplied, as a matrix without gaps."""
+    return floats_2(step.x_WX[worker].ctypes.data, rows, columns)
+
+
+@jit
 def _norm(h_MD, weight_D, model, x_MD):
     """RMSNorm of every token, model.rms_norm."""
     D, weight = h_MD.shape[1], weight_D.ctypes.data
     for m in range(len(h_MD)):
         norm_row(h_MD[m].ctypes.data, weight, model.eps, x_MD[m].ctypes.data, D)
-        _round(model, x_MD[m, :D])
+        _round(model, x_MD[m])
 
 
 @jit
@@ -382,28 +394,21 @@ def _rows(model, w, unit):
 
 
 @jit
-def _product(worker, model, step, w, first, count, x_MI, y_MC):
-    """y[m, i] = row first + i of the matrix times x[m], for count rows and all m."""
+def _product(worker, model, step, w, first, count, x_MI, y, stride):
+    """Write row first + i of the matrix times x[m] to y + m * stride + 4 * i, for count rows."""
     code, n = model.matrices_XF[w, CODE], model.matrices_XF[w, IN]
-    M, tile = len(y_MC), step.tile_WX[worker]
-    spare = tile[TILE * n :].ctypes.data
-    if M == 1 and model.matrices_XF[w, PARTS] == 1:
-        row_bytes, x, scratch = model.matrices_XF[w, ROW_BYTES], x_MI.ctypes.data, tile.ctypes.data
-        row = model.parts[model.matrices_XF[w, FIRST_PART]] + first * row_bytes
-        for i in range(count):
-            y_MC[0, i] = row_dot(code, row + i * row_bytes, x, n, scratch)
-        return
+    M, x, tile = len(x_MI), x_MI.ctypes.data, step.tile_WX[worker].ctypes.data
+    spare = tile + 4 * TILE * n
     if M == 1:
-        x = x_MI.ctypes.data
+        y_C = floats(y, count)
         for i in range(count):
-            y_MC[0, i] = row_dot(code, _row(model, w, first + i, spare), x, n, tile.ctypes.data)
+            y_C[i] = row_dot(code, _row(model, w, first + i, spare), x, n, tile)
         return
     for i in range(0, count, TILE):
         rows = min(TILE, count - i)
         for r in range(rows):
-            row = _row(model, w, first + i + r, spare)
-            widen_row(code, row, tile[r * n :].ctypes.data, n)
-        tile_dots(tile, rows, x_MI, M, n, y_MC[:, i:])
+            widen_row(code, _row(model, w, first + i + r, spare), tile + 4 * r * n, n)
+        tile_dots(tile, rows, x, M, n, y + 4 * i, stride)
 
 
 @jit
@@ -411,6 +416,8 @@ def _row(model, w, row, spare):
     """The address of a row, which lies in one part, or of a copy put together from all parts."""
     parts, axis = model.matrices_XF[w, PARTS], model.matrices_XF[w, AXIS]
     row_bytes, first_part = model.matrices_XF[w, ROW_BYTES], model.matrices_XF[w, FIRST_PART]
+    if parts == 1:
+        return model.parts[first_part] + row * row_bytes
     if axis == 0:
         height = model.matrices_XF[w, OUT] // parts
         return model.parts[first_part + row // height] + row % height * row_bytes

@@ -10,11 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from numba import types
-from numba.extending import intrinsic
 
 from llama3np.kernels.cpu import ir
 from llama3np.kernels.cpu.compiler import jit
-from llama3np.kernels.cpu.ir import Builder, Value, V, const, f32
+from llama3np.kernels.cpu.ir import Builder, V, Value, const, f32, intrinsic
 
 ADDRESS = types.intp
 ROWS = 4  # of weights at a time; with 4 vectors 16 sums, which stay in registers
@@ -28,8 +27,9 @@ def _products(b: Builder, ws: list[Value], xs: list[Value], sums: list[Value]) -
 
 def _folded(b: Builder, sums: list[Value]) -> Value:
     """The lanes of ROWS sums added up: one vector of ROWS numbers."""
-    halves = [ir.fold(b, *sums[pair : pair + 2], 8) for pair in (0, 2)]
-    folded = ir.fold(b, *halves, 4)
+    first, second, third, fourth = sums
+    halves = ir.fold(b, first, second, 8), ir.fold(b, third, fourth, 8)
+    folded = ir.fold(b, halves[0], halves[1], 4)
     for width in (2, 1):
         folded = ir.fold(b, folded, folded, width)
     return folded
@@ -39,12 +39,11 @@ def _tile(rows: int, m: int) -> Any:
     """y[j, r] = w[r] . x[j] for rows (ROWS or 1) x m of them."""
 
     @intrinsic
-    def tile(typingctx, w, x, n, y, y_stride):
+    def tile(typingctx, w, x, x_stride, n, y, y_stride):
         def codegen(context, b, signature, arguments):
-            w, x, n, y, y_stride = arguments
-            nbytes = b.mul(n, const(4))
-            w_rows = [b.add(w, b.mul(nbytes, const(r))) for r in range(rows)]
-            x_rows = [b.add(x, b.mul(nbytes, const(j))) for j in range(m)]
+            w, x, x_stride, n, y, y_stride = arguments
+            w_rows = [b.add(w, b.mul(n, const(4 * r))) for r in range(rows)]
+            x_rows = [b.add(x, b.mul(x_stride, const(j))) for j in range(m)]
 
             def step(i: Value, sums: list[Value], count: int) -> list[Value]:
                 ws = [ir.load_f32(b, row, i, count) for row in w_rows]
@@ -65,7 +64,7 @@ def _tile(rows: int, m: int) -> Any:
                     ir.store(b, number, ir.at(b, b.add(y, b.mul(y_stride, const(j))), 4, r))
             return context.get_dummy_value()
 
-        return types.void(*[ADDRESS] * 5), codegen
+        return types.void(*[ADDRESS] * 6), codegen
 
     return tile
 
@@ -74,33 +73,35 @@ tile_4x4, tile_4x2, tile_4x1, tile_1x1 = _tile(4, 4), _tile(4, 2), _tile(4, 1), 
 
 
 @jit
-def tile_dots(w, rows, x, m, n, y, y_stride):
-    """Write the products of `rows` rows with m vectors, all of n float32 and without gaps.
+def tile_dots(w, rows, x, x_stride, m, n, y, y_stride):
+    """Write the products of `rows` rows of weights with m vectors, all of n float32.
 
-    The product of row r and vector j goes to address y + j * y_stride + 4 * r. What is left of
+    The rows follow each other without gaps from address w. Vector j is at x + j * x_stride, and
+    its products at y + j * y_stride, one after the other; strides are in bytes. What is left of
     rows or vectors after fours is calculated with some of its neighbours again.
     """
     if rows < ROWS:
         for j in range(m):
             for r in range(rows):
-                tile_1x1(w + 4 * n * r, x + 4 * n * j, n, y + j * y_stride + 4 * r, y_stride)
+                to = y + j * y_stride + 4 * r
+                tile_1x1(w + 4 * n * r, x + j * x_stride, x_stride, n, to, y_stride)
         return
     for start in range(0, rows, ROWS):
         r = min(start, rows - ROWS)
-        _four_rows(w + 4 * n * r, x, m, n, y + 4 * r, y_stride)
+        _four_rows(w + 4 * n * r, x, x_stride, m, n, y + 4 * r, y_stride)
 
 
 @jit
-def _four_rows(w, x, m, n, y, y_stride):
+def _four_rows(w, x, x_stride, m, n, y, y_stride):
     j = 0
     while j < m:
         if m >= 4 and j <= m - 3:
             first = min(j, m - 4)
-            tile_4x4(w, x + 4 * n * first, n, y + first * y_stride, y_stride)
+            tile_4x4(w, x + first * x_stride, x_stride, n, y + first * y_stride, y_stride)
             j += 4
         elif j <= m - 2:
-            tile_4x2(w, x + 4 * n * j, n, y + j * y_stride, y_stride)
+            tile_4x2(w, x + j * x_stride, x_stride, n, y + j * y_stride, y_stride)
             j += 2
         else:
-            tile_4x1(w, x + 4 * n * j, n, y + j * y_stride, y_stride)
+            tile_4x1(w, x + j * x_stride, x_stride, n, y + j * y_stride, y_stride)
             j += 1
