@@ -17,17 +17,26 @@ from the file's bytes: w is never repacked.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import llvmlite.ir
 import ml_dtypes
 import numpy as np
 from numba.core import cgutils
 
-from llama3np.kernels.cpu import ir, panels
+from llama3np.kernels.cpu import ir
 from llama3np.kernels.cpu.compiler import jit
 from llama3np.kernels.cpu.ir import Builder, V, Value, vector
-from llama3np.kernels.cpu.panels import PANEL, PIECE, ROWS, Operand, Packed, multiply, transpose
+from llama3np.kernels.cpu.panels import (
+    PANEL,
+    PIECE,
+    ROWS,
+    STRIPE,
+    Operand,
+    make_add_tile,
+    multiply,
+    pack,
+    transpose,
+)
 from llama3np.kernels.cpu.shared import address
 from llama3np.threads import Pool
 
@@ -37,52 +46,37 @@ def supported() -> bool:
     return ir.host_has("avx512bf16")
 
 
-def pack(x_MK: np.ndarray, pool: Pool) -> Packed:
-    """Round x to bfloat16, to nearest even, and lay it out in pairs (x[m, 2j], x[m, 2j + 1]).
+def products(x_MK: np.ndarray, weights: Sequence[np.ndarray], pool: Pool) -> list[np.ndarray]:
+    """The product of x, rounded to nearest even, with each weight: float32, (M, O).
 
-    An odd last column makes pairs with zeros.
+    A weight is a bfloat16 array whose rows are contiguous, anywhere in memory, aligned or not, any
+    distance apart. Raises ValueError for another. x is laid out once, and no thread waits between
+    weights.
     """
     x_MK = np.require(x_MK, np.float32, ["C", "W"])  # one type of array, compiled once
-    return panels.pack(x_MK.view(np.uint32), (x_MK.shape[1] + 1) // 2, _pack_panel, pool)
-
-
-def products(x_MK: np.ndarray, weights: Sequence[np.ndarray], pool: Pool) -> list[np.ndarray]:
-    """The product of x with each weight; x is packed once, and no thread waits between them."""
-    return _products(pack(x_MK, pool), weights, pool)
-
-
-def product(packed: Packed, w_OK: np.ndarray, pool: Pool) -> np.ndarray:
-    """The product of packed rows with a weight: float32, (M, O).
-
-    w is a bfloat16 array whose rows are contiguous, anywhere in memory, aligned or not, any
-    distance apart. Raises ValueError for another.
-    """
-    return _products(packed, [w_OK], pool)[0]
-
-
-def _products(packed: Packed, weights: Sequence[np.ndarray], pool: Pool) -> list[np.ndarray]:
-    operands = [_operand(packed, w_OK) for w_OK in weights]
+    operands = [_operand(x_MK, w_OK) for w_OK in weights]
+    # In pairs (x[m, 2j], x[m, 2j + 1]); an odd last column makes pairs with zeros.
+    packed = pack(x_MK.view(np.uint32), (x_MK.shape[1] + 1) // 2, _pack_panel, pool)
     multiply(packed, operands, pool)
     return [operand.y_MO for operand in operands]
 
 
-def _operand(packed: Packed, w_OK: np.ndarray) -> Operand:
-    if w_OK.dtype != ml_dtypes.bfloat16 or w_OK.ndim != 2 or w_OK.shape[1] != packed.K:
-        expected = f"expected a bfloat16 matrix of {packed.K} columns"
+def _operand(x_MK: np.ndarray, w_OK: np.ndarray) -> Operand:
+    M, K = x_MK.shape
+    if w_OK.dtype != ml_dtypes.bfloat16 or w_OK.ndim != 2 or w_OK.shape[1] != K:
+        expected = f"expected a bfloat16 matrix of {K} columns"
         raise ValueError(f"{expected}, found {w_OK.dtype} of shape {w_OK.shape}")
-    if w_OK.strides[1] != 2 and packed.K > 1:
+    if w_OK.strides[1] != 2 and K > 1:
         raise ValueError(f"expected contiguous rows, found strides {w_OK.strides}")
     # An odd last column in pairs with zero: in w itself a last pair would go beyond the row.
-    last_O = w_OK[:, packed.K - packed.K % 2 :].ravel().view(np.uint16).astype(np.uint32)
-    return Operand(np.empty((packed.M, len(w_OK)), np.float32), partial(_fill, w_OK, last_O))
+    last_O = w_OK[:, K - K % 2 :].ravel().view(np.uint16).astype(np.uint32)
+    stride = w_OK.strides[0]
 
+    def fill(sums: np.ndarray, o: int, rows: int, x: int, panels: int) -> None:
+        w, last = address(w_OK) + o * stride, address(last_O) + o * 4
+        _stripe(sums, w, stride, last, rows, x, panels, K)
 
-def _fill(
-    w_OK: np.ndarray, last_O: np.ndarray, sums: np.ndarray, o: int, rows: int, x: int, panels: int
-) -> None:
-    """Operand.fill, by address."""
-    stride, K = w_OK.strides[0], w_OK.shape[1]
-    _stripe(sums, address(w_OK) + o * stride, stride, address(last_O) + o * 4, rows, x, panels, K)
+    return Operand(np.empty((M, len(w_OK)), np.float32), fill)
 
 
 # ---- compiled ---------------------------------------------------------------------------------
@@ -136,10 +130,11 @@ def _stripe(scratch, w, stride, last, rows, x, panels, K):
 def _add_block(sums, w, stride, rows, x, step, panels, pairs):
     """Add the products of these pairs of columns; the panels of x are `step` bytes apart."""
     width = panels * PANEL * 4
-    for o in range(0, rows, ROWS):
-        for p in range(panels):
-            at = sums + o * width + p * PANEL * 4
-            _add_tile(at, width, w + o * stride, stride, rows - o - 1, x + p * step, pairs)
+    for p in range(panels):
+        panel = x + p * step
+        for o in range(0, rows, ROWS):
+            at, ahead = sums + o * width + p * PANEL * 4, panel + step + o * step // STRIPE
+            _add_tile(at, width, w + o * stride, stride, rows - o - 1, panel, pairs, ahead)
 
 
 # ---- in the compiler's language ---------------------------------------------------------------
@@ -169,4 +164,4 @@ def _add_pairs(b: Builder, sums: Value, x: Value, w: Value) -> Value:
     return b.call(function, [sums, b.bitcast(x, _PAIRS), b.bitcast(w, _PAIRS)])
 
 
-_add_tile = panels.make_add_tile(_add_pairs)
+_add_tile = make_add_tile(_add_pairs)
