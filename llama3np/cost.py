@@ -100,6 +100,20 @@ def flops_per_token(config: Config, context: int) -> int:
     return 2 * weights + 4 * heads * (context + 1)
 
 
+def prefill_flops(config: Config, tokens: int, context: int = 0) -> int:
+    """Floating-point operations of a prompt of T tokens that stands after `context` others.
+
+    2 T for each weight of a layer's products, 2 V D for the head, which only the last token needs,
+    and 4 L N H (T S + T (T + 1) / 2): token t attends to S = context others, to the t before it in
+    the prompt and to itself. prefill_flops(config, 1, S) is flops_per_token(config, S).
+    """
+    parts = parameters(config)
+    layers = parts["attention"] + parts["feed_forward"]
+    heads = config.n_layers * config.n_heads * config.head_dim
+    seen = tokens * context + tokens * (tokens + 1) // 2
+    return 2 * tokens * layers + 2 * config.vocab_size * config.dim + 4 * heads * seen
+
+
 def bytes_per_step(config: Config, format: str, context: int, batch: int, dtype: str) -> int:
     """Bytes that a decode step of `batch` rows reads, each row with `context` tokens before it.
 

@@ -109,6 +109,35 @@ def test_a_decode_step_does_the_work_that_is_said(config, context, batch):
     )
 
 
+@given(config=configs(), context=st.integers(0, 4), tokens=st.integers(1, 5))
+def test_a_prompt_does_the_work_that_is_said(config, context, tokens):
+    """Products as the model makes them, the head for one token; attention to what is seen."""
+    counts = {"flops": 0, "bytes": 0}
+    plain = random(config, np.random.default_rng(0))
+    wrap = lambda w: Counted(w, counts) if w.ndim == 2 else w  # noqa: E731
+    layers = tuple(type(layer)(*map(wrap, layer)) for layer in plain.layers)
+    params = Params(plain.embed_VD, layers, plain.norm_D, wrap(plain.head_VD))
+    cache = new_cache(config, 1, context + tokens)
+    if context:
+        forward(params, config, np.zeros((1, context), int), cache)
+    counts.update(flops=0, bytes=0)
+
+    def tap(name, array):
+        if name.endswith(".scores"):  # two products with H numbers for each that is not masked
+            counts["flops"] += 4 * config.head_dim * int(np.isfinite(array).sum())
+
+    forward(params, config, np.zeros((1, tokens), int), cache, tap=tap)
+    assert counts["flops"] == cost.prefill_flops(config, tokens, context)
+
+
+@given(config=configs(), context=st.integers(0, 99), a=st.integers(1, 99), b=st.integers(1, 99))
+def test_a_prompt_in_two_parts_costs_one_head_more(config, context, a, b):
+    one_head = 2 * config.vocab_size * config.dim
+    parts = cost.prefill_flops(config, a, context) + cost.prefill_flops(config, b, context + a)
+    assert cost.prefill_flops(config, a + b, context) + one_head == parts
+    assert cost.prefill_flops(config, 1, context) == cost.flops_per_token(config, context)
+
+
 # ---- what fits ---------------------------------------------------------------------------------
 
 PRESET = st.sampled_from(list(PRESETS))

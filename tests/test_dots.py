@@ -36,7 +36,7 @@ UNIT = 2.0**-24  # what one rounding of float32 is off by, at most, relative to 
 def product(code, address, stride, rows, x, n, y):
     """y = W @ x."""
     for r in range(rows):
-        y[r] = row_dot(code, address + r * stride, x, n, 0)
+        y[r] = row_dot(code, address + r * stride, x, n)
 
 
 every_format = pytest.mark.parametrize("name", FORMATS)

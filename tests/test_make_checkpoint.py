@@ -2,16 +2,20 @@
 
 from dataclasses import replace
 
+import gguf
 import made_up
+import made_up_blocks
 import made_up_vocabulary
 import make_checkpoint
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import seeds
 
 from llama3np.config import Config, RopeScaling
 from llama3np.errors import InputError
+from llama3np.kernels.ggml import FORMATS
 from llama3np.llm import Llama
 from llama3np.load import gguf_file, load_checkpoint, names
 from llama3np.params import from_named, named, named_shapes
@@ -136,9 +140,64 @@ def test_q8_0_is_within_half_a_step_of_the_weights(tmp_path):
     assert kinds == {"Q8_0", "F32"}
 
 
-def test_q8_0_is_for_gguf_only(tmp_path):
-    with pytest.raises(InputError, match="found q8_0"):
-        make_checkpoint.write(TINY, "hf", tmp_path / "x", 0, "q8_0")
+@pytest.mark.parametrize("dtype", make_checkpoint.BLOCKS)
+def test_blocks_are_for_gguf_only(tmp_path, dtype):
+    with pytest.raises(InputError, match=f"found {dtype}"):
+        make_checkpoint.write(TINY, "hf", tmp_path / "x", 0, dtype)
+
+
+def step_of(kind, w_RW):
+    """The largest error that the plainest rounding to a type makes, for each block."""
+    low_R, high_R = (np.array([f(w) for w in w_RW]) for f in (np.min, np.max))
+    most_R = np.maximum(-low_R, high_R)
+    if kind == "Q8_0":
+        return 0.5 * most_R / 127
+    if kind == "Q4_0":  # 16 steps from one end; the other end has 7 of them above 0, not 8
+        return most_R / 8
+    if kind == "Q6_K":  # half a step of 31, and 31 times half a step of the scale
+        return (0.5 + 31 * 0.5 / 127) * most_R / 31
+    range_R = np.maximum(high_R, 0) + np.maximum(-low_R, 0)  # Q4_K: the same, of 15 and 63,
+    return (0.5 + 15 * 0.5 / 63) * range_R / 15 + np.maximum(-low_R, 0) * 0.5 / 63  # and a minimum
+
+
+@pytest.mark.parametrize("kind", made_up_blocks.QUANTISE)
+@given(seeds, st.floats(1, 1e3), st.floats(-3, 3))  # smaller ones have subnormal scales
+def test_blocks_are_the_weights_to_their_precision(kind, seed, scale, shift):
+    """By gguf's own reading of them."""
+    width = FORMATS[kind].weights
+    w_RW = np.random.default_rng(seed).standard_normal((4, width), dtype=np.float32)
+    w_RW = (scale * (w_RW + shift)).astype(np.float32)
+    w_RW[1] = 0
+    blocks_RC = made_up_blocks.QUANTISE[kind](w_RW)
+    read_RW = gguf.quants.dequantize(blocks_RC, gguf.GGMLQuantizationType[kind])
+    scales = 2.0**-10 * np.abs(w_RW).max(axis=1) * (2 if kind == "Q4_K" else 1)  # are float16
+    allowed_R = 1.01 * step_of(kind, w_RW) + scales
+    assert (np.abs(read_RW - w_RW) <= allowed_R[:, None]).all()
+
+
+def test_q4_k_m_is_shared_out_as_llama_cpp_does(tmp_path):
+    """16 layers: Q6_K for the head, and where llama.cpp's use_more_bits says so."""
+    config = Config(256, 16, 4, 2, 64, 256, 300, tied=True)
+    make_checkpoint.write(config, "gguf", tmp_path / "x.gguf", 0, "q4_k_m")
+    tensors = gguf_file.read(tmp_path / "x.gguf").tensors
+    kinds = {name: info.type for name, info in tensors.items()}
+    assert kinds.pop("token_embd.weight") == "Q6_K"
+    layers = (0, 1, 4, 7, 10, 13, 14, 15)
+    more = {f"blk.{i}.{name}.weight" for i in layers for name in ("attn_v", "ffn_down")}
+    for name, kind in kinds.items():
+        expected = "F32" if "norm" in name else "Q6_K" if name in more else "Q4_K"
+        assert kind == expected, name
+    assert make_checkpoint.q4_k_m("embed_VD", replace(config, tied=False)) == "Q4_K"
+    assert make_checkpoint.q4_k_m("head_VD", replace(config, tied=False)) == "Q6_K"
+    logits_TV = Llama(config, load_checkpoint(tmp_path / "x.gguf").params).forward([1, 2])[0]
+    # Unrelated, and the correlation 0, if a part of a block is misplaced.
+    expected_TV = Llama(config, from_named(made(config, dtype="f32"), config)).forward([1, 2])[0]
+    assert np.corrcoef(logits_TV.ravel(), expected_TV.ravel())[0, 1] > 0.7
+
+
+def test_rows_that_are_no_whole_blocks_are_refused(tmp_path):
+    with pytest.raises(InputError, match="Q4_K: expected rows of whole 256, found 32"):
+        make_checkpoint.write(TINY, "gguf", tmp_path / "x.gguf", 0, "q4_k_m")
 
 
 def test_a_deep_model_stays_finite_and_tells_positions_apart():

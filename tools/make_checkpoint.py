@@ -5,9 +5,11 @@
     python tools/make_checkpoint.py llama3-8b gguf FILE.gguf    one file
 
 --scale-layers 2 keeps the first two layers, --mp 8 cuts Meta's form into eight shards, --dtype
-takes bf16, f16, f32 and, for GGUF, q8_0. Every format holds the same numbers, by the formula of
-made_up.py; models of Llama 3's vocabulary size have a tokenizer, see made_up_vocabulary.py. Tensors
-are written as they are made, so memory stays small: 8B takes 16.06 GB of disk and one core.
+takes bf16, f16, f32 and, for GGUF, q8_0, q4_0 and q4_k_m (Q4_K and Q6_K, shared out as llama.cpp
+does). Every format holds the same numbers, by the formula of made_up.py, rounded to blocks as
+made_up_blocks.py does; models of Llama 3's vocabulary size have a tokenizer, see
+made_up_vocabulary.py. Tensors are written as they are made, so memory stays small: 8B takes
+16.06 GB of disk and one core.
 """
 
 from __future__ import annotations
@@ -15,24 +17,41 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import made_up
+import made_up_blocks
 import made_up_vocabulary
-import numpy as np
 
 from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.load import save_gguf, save_hf, save_meta
-from llama3np.load.gguf_file import Raw
-from llama3np.load.lazy import Lazy
 from llama3np.params import from_named, named
 from llama3np.presets import PRESETS
 
 SHARD_BYTES = 5_000_000_000  # what the shards of published models were made with
 LLAMA3_VOCABULARY = 128_256
+
+
+def q4_k_m(name: str, config: Config) -> str:
+    """The type of a matrix in llama.cpp's mix "Q4_K - Medium": llama-quant.cpp."""
+    if name == "head_VD" or (name == "embed_VD" and config.tied):
+        return "Q6_K"
+    if not name.endswith((".wv", ".w_down")):
+        return "Q4_K"
+    i, eighth = int(name.split(".")[1]), config.n_layers // 8
+    more = i < eighth or i >= 7 * config.n_layers // 8 or (i - eighth) % 3 == 2
+    return "Q6_K" if more else "Q4_K"
+
+
+# --dtype -> the ggml type of a matrix, by its name
+BLOCKS: dict[str, Callable[[str, Config], str]] = {
+    "q8_0": lambda name, config: "Q8_0",
+    "q4_0": lambda name, config: "Q4_0",
+    "q4_k_m": q4_k_m,
+}
 
 
 def write(
@@ -45,8 +64,8 @@ def write(
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a made-up model of this config at `out`. Raises InputError if something is there."""
-    if dtype == "q8_0" and layout != "gguf":
-        raise InputError(f"--dtype: expected bf16, f16 or f32 for {layout}, found q8_0")
+    if dtype in BLOCKS and layout != "gguf":
+        raise InputError(f"--dtype: expected bf16, f16 or f32 for {layout}, found {dtype}")
     if layout == "hf":
         write_hf(replace(config, rope_pairing="half"), out, seed, dtype, shard_bytes)
     elif layout == "meta":
@@ -69,31 +88,18 @@ def write_meta(config: Config, out: Path, seed: int, dtype: str, mp: int) -> Non
 
 def write_gguf(config: Config, out: Path, seed: int, dtype: str) -> None:
     """As llama.cpp's converter writes it: norms in float32 whatever the matrices are."""
-    metadata = {"general.name": "made up"}
+    metadata: dict[str, object] = {"general.name": "made up", "tokenizer.ggml.model": "none"}
     if config.vocab_size == LLAMA3_VOCABULARY:
         metadata |= made_up_vocabulary.gguf_metadata()
-    stored = "f32" if dtype == "q8_0" else dtype
-    params = made_up.params(config, stored, "f32", seed)
-    if dtype == "q8_0":
+    params = made_up.params(config, "f32" if dtype in BLOCKS else dtype, "f32", seed)
+    if dtype in BLOCKS:
         tensors = named(params, config.tied)
-        blocks = {name: w if w.ndim == 1 else q8_0(w) for name, w in tensors.items()}
-        params = from_named(blocks, config)
+        in_blocks = {
+            name: w if w.ndim == 1 else made_up_blocks.tensor(w, BLOCKS[dtype](name, config))
+            for name, w in tensors.items()
+        }
+        params = from_named(in_blocks, config)
     save_gguf(out, config, params, metadata)
-
-
-def q8_0(w: Lazy) -> Raw:
-    """A matrix in blocks of 32: float16 d = largest / 127, then each weight as round(w / d)."""
-
-    def chunks() -> Iterator[np.ndarray]:
-        for chunk in w.chunks():
-            weights_RW = chunk.reshape(-1, 32)
-            largest_R1 = np.abs(weights_RW).max(axis=1, keepdims=True)
-            blocks_RC = np.empty((len(weights_RW), 34), np.uint8)
-            blocks_RC[:, :2] = (largest_R1 / 127).astype("<f2").view(np.uint8)
-            blocks_RC[:, 2:] = np.rint(weights_RW * (127 / largest_R1)).astype(np.int8).view("u1")
-            yield blocks_RC
-
-    return Raw("Q8_0", w.shape, Lazy((w.size // 32, 34), np.dtype(np.uint8), chunks))
 
 
 def main() -> None:
@@ -106,7 +112,7 @@ def main() -> None:
     parser.add_argument("--scale-layers", type=int, metavar="N", help="layers, in place of all")
     parser.add_argument("--mp", type=int, default=1, metavar="M", help="shards of Meta's form")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="bf16", choices=("bf16", "f16", "f32", "q8_0"))
+    parser.add_argument("--dtype", default="bf16", choices=("bf16", "f16", "f32", *BLOCKS))
     args = parser.parse_args()
     start = time.perf_counter()
     try:

@@ -24,6 +24,7 @@ COMMANDS = {
     "chat": "talk with a model: a line is a message; Ctrl-D or /exit ends",
     "info": "say what a checkpoint or preset is: structure, parameters, bytes, tokenizer",
     "plan": "say what fits into memory, and how fast it can be at best",
+    "bench": "measure speed, beside the limits of this machine and other programs",
     "convert": "write a checkpoint in another format: Hugging Face, Meta, GGUF",
     "verify": "compare a checkpoint with what is publicly known of its model",
 }

@@ -16,15 +16,14 @@ from math import inf, sqrt
 from typing import Any
 
 import numpy as np
-from numba import extending, types
+from numba import types
 
 from llama3np.kernels.cpu import exp, ir
 from llama3np.kernels.cpu.compiler import jit
-from llama3np.kernels.cpu.dots import ADDRESS, BF16, F16, F32, PLAIN, dot_bf16, dot_f16, dot_f32
-from llama3np.kernels.cpu.ir import Builder, V, Value, const, every, vector
+from llama3np.kernels.cpu.dots import ADDRESS, PLAIN, row_dot
+from llama3np.kernels.cpu.ir import Builder, V, Value, const, every, intrinsic, vector
+from llama3np.kernels.ggml import FORMATS as GGML
 
-# Their declared types count the context as an argument that a caller has to give.
-intrinsic: Any = extending.intrinsic
 exp_f32: Any = exp.exp_f32
 
 SPLIT = 512  # slots of a part
@@ -32,6 +31,7 @@ SCRATCH = 4 * SPLIT  # floats of private memory that attend_part needs
 
 TILES = (1, 2, 4)  # heads that are done at once, U
 WIDTHS = (64, 32, 16, 1)  # columns of the values that are done at once
+F32, F16, BF16 = (GGML[name].number for name in ("F32", "F16", "BF16"))
 FORMATS = {F32: PLAIN["F32"], F16: PLAIN["F16"], BF16: PLAIN["BF16"]}
 LINE = 64  # bytes that are fetched at once
 # Measured: the processor's own prefetching, left alone, reads at half the rate.
@@ -263,16 +263,6 @@ def _size(kv_code):
 
 
 @jit
-def _dot(kv_code, row, x, n):
-    """The product of a row of the cache and a float32 vector."""
-    if kv_code == F32:
-        return dot_f32(row, x, n)
-    if kv_code == F16:
-        return dot_f16(row, x, n)
-    return dot_bf16(row, x, n)
-
-
-@jit
 def _scores(U, kv_code, q, heads, k, n, H, following, scores):
     """Write the products of U heads with n keys, and -inf from there to a whole vector."""
     _products(U, kv_code, q, heads, k, n, H, following, scores)
@@ -280,7 +270,7 @@ def _scores(U, kv_code, q, heads, k, n, H, following, scores):
     for i in range(n * U if whole < H else 0):
         s, g = i // U, min(i % U, heads - 1)
         row, query = k + (s * H + whole) * size, q + (g * H + whole) * 4
-        to[i] += _dot(kv_code, row, query, H - whole)
+        to[i] += row_dot(kv_code, row, query, H - whole)
     for i in range(n * U, (n * U + V - 1) // V * V):
         to[i] = -inf
 

@@ -223,11 +223,11 @@ def _widen(typingctx, code, row, out, n):
 
 
 @jit
-def row_dot(code, row, x, n, scratch):
+def row_dot(code, row, x, n):
     """The product of a stored row of n weights and n float32 at address x, in float32.
 
     A format of blocks needs whole ones. An x that begins a cache line of 64 bytes is read up to
-    a third faster. `scratch` is not used.
+    a third faster.
     """
     return _dot(code, row, x, n)
 

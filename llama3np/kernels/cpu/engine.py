@@ -19,7 +19,7 @@ from llama3np.kernels.cpu.dots import widen_rows as compiled_widen
 from llama3np.kernels.cpu.layout import described, parts_of
 from llama3np.kernels.cpu.shared import address, new_counters
 from llama3np.kernels.cpu.softmax import soften
-from llama3np.kernels.cpu.step import PHASES, SPLIT, UNIT, Step, own_floats, run, table
+from llama3np.kernels.cpu.step import PHASES, SPLIT, STEP, own_floats, run
 from llama3np.kernels.engine import Engine
 from llama3np.kernels.ggml import FORMATS
 from llama3np.kernels.product import widen_rows
@@ -41,8 +41,7 @@ class CompiledEngine(Engine):
 
     def __init__(self, params: Params, config: Config, profile: Profile, pool: Pool):
         super().__init__(params, config, profile, pool)
-        self._model: Any = described(params, config, profile, pool.threads)
-        self.table: Any = table(self._model) if self._model else None
+        self.model: Any = described(params, config, profile, pool.threads)
         self._spare: list[Room] = []  # room of finished steps, for the next one of its shape
         self._angles = Angles(config)
 
@@ -82,7 +81,7 @@ class CompiledEngine(Engine):
     ) -> np.ndarray:
         """model.forward of this model: logits_BTV."""
         tokens = np.size(ids_BT) if new_B is None else int(np.sum(new_B))
-        if tap is not None or not 1 <= tokens <= MOST_TOKENS or self._model is None:
+        if tap is not None or not 1 <= tokens <= MOST_TOKENS or self.model is None:
             return super().forward(ids_BT, cache, new_B, tap, last_only)
         ids_BT = host_ids(ids_BT, self.config.vocab_size)
         cache.check(self.config, self.profile.dtype)
@@ -96,61 +95,62 @@ class CompiledEngine(Engine):
         wanted_W = np.arange(len(rows_M))
         if last_only:  # each row's last token
             wanted_W = np.cumsum(window.new_B)[window.new_B > 0] - 1
-        room = self._room(window, len(wanted_W), cache)
-        step = room.step
-        step.h_MD[...] = self.params.embed_VD[ids_BT[rows_M, columns_M]]
-        step.cos_MP[...], step.sin_MP[...] = self._angles.at(window.slots_M)
-        step.rows_M[...], step.slots_M[...], step.wanted_W[...] = rows_M, window.slots_M, wanted_W
-        step.cache_LX[...] = [*zip(map(address, cache.k), map(address, cache.v), strict=True)]
+        room = self._room(len(rows_M), len(wanted_W), window.size, cache)
+        a = room.arrays
+        a["h_MD"][...] = self.params.embed_VD[ids_BT[rows_M, columns_M]]
+        a["cos_MP"][...], a["sin_MP"][...] = self._angles.at(window.slots_M)
+        a["rows_M"][...], a["slots_M"][...], a["wanted_W"][...] = rows_M, window.slots_M, wanted_W
+        a["cache_L2"][...] = [*zip(map(address, cache.k), map(address, cache.v), strict=True)]
         self.pool.run(room.job(self))
         cache.advance(window)
         logits_BTV = np.zeros((B, 1 if last_only else T, V), np.float32)
-        logits_BTV[rows_M[wanted_W], 0 if last_only else columns_M] = step.logits_WV
+        logits_BTV[rows_M[wanted_W], 0 if last_only else columns_M] = a["logits_WV"]
         self._spare = [room]
         return logits_BTV
 
-    def _room(self, window: Window, wanted: int, cache: Cache) -> Room:
+    def _room(self, tokens: int, wanted: int, size: int, cache: Cache) -> Room:
         """Room for a step of these sizes: that of the last step where it fits, else new."""
-        c, stretches = self.config, -(-window.size // SPLIT)
-        heads = c.n_kv_heads, stretches, c.n_heads // c.n_kv_heads * (c.head_dim + 2)
-        sizes = ((len(window.rows_M), *heads), wanted, cache.k[0].dtype, cache.max_seq_len)
+        stretches, stored = -(-size // SPLIT), cache.k[0].dtype
+        sizes = tokens, wanted, stretches, stored, cache.max_seq_len
         try:
             room = self._spare.pop()  # one step: no other thread gets the same
         except IndexError:
-            return Room(self._new_step(*sizes), sizes)
-        return room if room.sizes == sizes else Room(self._new_step(*sizes), sizes)
-
-    def _new_step(self, parts: tuple[int, ...], wanted: int, dtype: Any, slots: int) -> Step:
-        c, M, W = self.config, parts[0], self.pool.threads
-        X, P, phases = c.n_heads * c.head_dim, c.head_dim // 2, c.n_layers * PHASES + 1
-        unit = int(self._model.matrices_XF[:, UNIT].max())
-        return Step(
-            counters_PC=new_counters(phases, W),
-            h_MD=np.empty((M, c.dim), np.float32),
-            cos_MP=np.empty((M, P), np.float32),
-            sin_MP=np.empty((M, P), np.float32),
-            rows_M=np.empty(M, np.int64),
-            slots_M=np.empty(M, np.int64),
-            cache_LX=np.empty((c.n_layers, 2), np.int64),
-            cache_code=_CODES[dtype],
-            cache_slots=slots,
-            q_MX=np.empty((M, X), np.float32),
-            parts_MKXP=np.empty(parts, np.float32),
-            act_MF=np.empty((M, c.ffn_dim), np.float32),
-            wanted_W=np.empty(wanted, np.int64),
-            logits_WV=np.empty((wanted, c.vocab_size), np.float32),
-            x_WX=np.empty((W, M * max(X, c.dim)), np.float32),
-            tile_WX=np.empty((W, own_floats(self._model)), np.float32),
-            y_WMC=np.empty((W, M, 2 * max(unit, c.head_dim)), np.float32),
-            ticks_P=np.zeros(phases + 1, np.int64),
-        )
+            return Room(self, sizes)
+        return room if room.sizes == sizes else Room(self, sizes)
 
 
 class Room:
-    """The arrays of a step, used again by the next one of the same sizes."""
+    """What a step works in: its record and arrays, used again by the next one of equal sizes."""
 
-    def __init__(self, step: Step, sizes: Any):
-        self.step, self.sizes, self._table = step, sizes, table(step)
+    def __init__(self, engine: CompiledEngine, sizes: Any):
+        M, W, X, stored, slots = self.sizes = sizes
+        c, workers = engine.config, engine.pool.threads
+        P, heads = c.head_dim // 2, c.n_heads * c.head_dim
+        x, y, stride, own = own_floats(engine.model.record[0], engine.model.matrices, M)
+        self.phases = c.n_layers * PHASES + 1
+        self.arrays = {
+            **{name: np.empty(M, np.int64) for name in ("rows_M", "slots_M")},
+            "wanted_W": np.empty(W, np.int64),
+            "cache_L2": np.empty((c.n_layers, 2), np.int64),
+            **{name: np.empty((M, P), np.float32) for name in ("cos_MP", "sin_MP")},
+            "h_MD": aligned(M, c.dim),
+            "q_MX": aligned(M, heads),
+            "parts_MKX": aligned(M * X * c.n_heads, c.head_dim + 2),
+            "act_MF": aligned(M, c.ffn_dim),
+            "logits_WV": aligned(W, c.vocab_size),
+            "own": aligned(workers, own),
+            "ticks_P": np.zeros(self.phases + 1, np.int64),
+        }
+        self.record = np.zeros(1, STEP)
+        for name, array in self.arrays.items():
+            self.record[name] = address(array)
+        numbers = {
+            **{"tokens": M, "wanted": W, "workers": workers, "stretches": X},
+            **{"cache_slots": slots, "cache_code": _CODES[stored], "cache_item": stored.itemsize},
+            **{"own_bytes": 4 * own, "x_bytes": 4 * x, "y_bytes": 4 * y, "y_stride": 4 * stride},
+        }
+        for name, number in numbers.items():
+            self.record[name] = number
 
     def job(self, engine: CompiledEngine) -> Callable[[int], None]:
         """A step as Pool.run takes it.
@@ -158,13 +158,21 @@ class Room:
         Its counters are new: a thread that comes late to the step before finds the old ones, all
         done. For that thread's sake the job holds on to all that it may look at, weights included.
         """
-        counters_PC, step_table = np.zeros_like(self.step.counters_PC), self._table.copy()
-        step_table[0] = address(counters_PC)
-        return partial(_share, (engine, self, counters_PC), engine.table, step_table)
+        counters_PC = new_counters(self.phases, engine.pool.threads)
+        record = self.record.copy()
+        record["counters_PC"] = address(counters_PC)
+        return partial(_share, (engine, self, counters_PC), engine.model.record, record)
 
 
-def _share(kept: Any, model_table: np.ndarray, step_table: np.ndarray, worker: int) -> None:
-    run(worker, model_table, step_table)
+def _share(kept: Any, model: np.ndarray, step: np.ndarray, worker: int) -> None:
+    run(worker, model, step)
+
+
+def aligned(rows: int, columns: int) -> np.ndarray:
+    """A float32 matrix that begins where a cache line does: reading it is up to a third faster."""
+    raw = np.empty(rows * columns + 16, np.float32)
+    skipped = -address(raw) % 64 // 4
+    return raw[skipped : skipped + rows * columns].reshape(rows, columns)
 
 
 class Angles:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llama3np.config import Config
 from llama3np.kernels.blocks import Blocks
-from llama3np.kernels.cpu.step import TILE, Model
+from llama3np.kernels.cpu.shared import address
+from llama3np.kernels.cpu.step import MATRIX, MODEL, TILE
 from llama3np.kernels.ggml import FORMATS
 from llama3np.kernels.half import Half
 from llama3np.kernels.joined import Joined
@@ -23,37 +24,53 @@ _PLAIN = {form.dtype: form.number for form in FORMATS.values() if form.dtype is 
 _MATRICES = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 
 
-def described(params: Params, config: Config, profile: Profile, threads: int) -> Model | None:
+class Described(NamedTuple):
+    """A model as records of addresses, and the arrays that these are of."""
+
+    record: np.ndarray  # MODEL (1)
+    matrices: np.ndarray  # MATRIX (7 L + 1)
+    arrays: tuple[Any, ...]  # what must live as long as the record is used
+
+
+def described(params: Params, config: Config, profile: Profile, threads: int) -> Described | None:
     """The model as compiled code takes it, or None if it has a weight or profile of another kind.
 
     threads: how many will share a step; where matrices are cut depends on it, no number does.
-    The addresses are those of params' own arrays, which must outlive it.
     """
     weights = [getattr(layer, name) for layer in params.layers for name in _MATRICES]
-    matrices: list[tuple[int, ...]] = []
-    parts: list[int] = []
-    for w in (*weights, params.head_VD):
-        if (found := parts_of(w)) is None or profile.dtype != "float32":
+    weights.append(params.head_VD)
+    matrices, parts = np.zeros(len(weights), MATRIX), list[int]()
+    for matrix, w in zip(matrices, weights, strict=True):
+        if profile.dtype != "float32" or (found := parts_of(w)) is None:
             return None
         code, arrays, axis = found
         row_bytes = arrays[0].strides[0]
-        unit = min(UNIT_BYTES // row_bytes, -(-w.shape[0] // (UNITS * threads)))
-        unit = max(TILE, unit // TILE * TILE)
-        matrices.append((code, *w.shape, row_bytes, len(arrays), axis, len(parts), unit))
-        parts += [array.__array_interface__["data"][0] for array in arrays]
-    return Model(
-        matrices_XF=np.array(matrices, np.int64),
-        parts=np.array(parts, np.int64),
-        attn_norm_LD=stacked(params, "attn_norm_D"),
-        mlp_norm_LD=stacked(params, "mlp_norm_D"),
-        norm_D=np.array(params.norm_D, np.float32),
-        eps=np.float32(config.norm_eps),
-        n_heads=config.n_heads,
-        n_kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
-        interleaved=config.rope_pairing == "interleaved",
-        rounded=profile.rounded,
-    )
+        matrix["code"], (matrix["n_out"], matrix["n_in"]) = code, w.shape
+        matrix["row_bytes"], matrix["parts"], matrix["axis"] = row_bytes, len(arrays), axis
+        matrix["part_bytes"] = arrays[0].shape[1] * arrays[0].itemsize
+        matrix["first_part"], matrix["unit"] = len(parts), _unit(row_bytes, w.shape[0], threads)
+        parts += [address(array) for array in arrays]
+    parts_P = np.array(parts, np.int64)
+    norms = {
+        "attn_norm_LD": stacked(params, "attn_norm_D"),
+        "mlp_norm_LD": stacked(params, "mlp_norm_D"),
+        "norm_D": np.array(params.norm_D, np.float32),
+    }
+    record = np.zeros(1, MODEL)
+    for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size"):
+        record[name] = getattr(config, name)
+    record["interleaved"] = config.rope_pairing == "interleaved"
+    record["rounded"], record["eps"] = profile.rounded, config.norm_eps
+    record["matrices"], record["parts"] = address(matrices), address(parts_P)
+    for name, norm in norms.items():
+        record[name] = address(norm)
+    return Described(record, matrices, (params, matrices, parts_P, norms))
+
+
+def _unit(row_bytes: int, rows: int, threads: int) -> int:
+    """Rows that a thread takes at a time: whole tiles, of UNIT_BYTES at most."""
+    unit = min(UNIT_BYTES // row_bytes, -(-rows // (UNITS * threads)))
+    return max(TILE, unit // TILE * TILE)
 
 
 def stacked(params: Params, name: str) -> np.ndarray:

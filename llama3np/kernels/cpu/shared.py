@@ -39,51 +39,21 @@ def floats(address, n):
 
 
 @jit
-def floats_2(address, a, b):
-    """A matrix of float32 numbers at an address."""
-    return carray(_pointer(address), (a, b), np.float32)
-
-
-@jit
-def floats_3(address, a, b, c):
-    """An array of three dimensions of float32 numbers at an address."""
-    return carray(_pointer(address), (a, b, c), np.float32)
-
-
-@jit
-def floats_4(address, a, b, c, d):
-    """An array of four dimensions of float32 numbers at an address."""
-    return carray(_pointer(address), (a, b, c, d), np.float32)
-
-
-@jit
-def row_of(x_AB, a):
-    """The address of a row of a matrix without gaps."""
-    return x_AB.ctypes.data + x_AB.itemsize * x_AB.shape[1] * a
-
-
-@jit
 def integers(address, n):
     """An array of n int64 numbers at an address."""
     return carray(_pointer(address), n, np.int64)
 
 
 @jit
-def integers_2(address, a, b):
-    """A matrix of int64 numbers at an address."""
-    return carray(_pointer(address), (a, b), np.int64)
+def words(address, n):
+    """An array of n patterns of 32 bits at an address."""
+    return carray(_pointer(address), n, np.uint32)
 
 
 @jit
-def bits_as_float(bits):
-    """The float32 of 32 bits."""
-    return np.int32(bits).view(np.float32)
-
-
-@jit
-def halves(address, n):
-    """An array of n 16-bit patterns at an address."""
-    return carray(_pointer(address), n, np.uint16)
+def records(address, n, kind):
+    """An array of n records of a dtype at an address."""
+    return carray(_pointer(address), n, kind)
 
 
 @jit
@@ -186,12 +156,6 @@ SPINS = 4000  # pauses, some 50 microseconds, before others get the core
 def new_counters(phases: int, workers: int) -> np.ndarray:
     """Counters of a job, counters_PC: nothing is taken, nothing done."""
     return np.zeros((phases, LINE * (1 + workers)), np.int64)
-
-
-@jit
-def counters_of(counters_PC, phase):
-    """Where the counters of a phase are."""
-    return counters_PC.ctypes.data + 8 * counters_PC.shape[1] * phase
 
 
 @jit

@@ -9,7 +9,7 @@ import numpy as np
 from llama3np.kernels.cpu.attend import turn_row
 from llama3np.kernels.cpu.compiler import jit
 from llama3np.kernels.cpu.exp import exp_f32
-from llama3np.kernels.cpu.shared import address, floats
+from llama3np.kernels.cpu.shared import address, floats, words
 
 
 @jit
@@ -33,6 +33,18 @@ def gate_row(gate, up, out, n):
 
 
 @jit
+def round_row(x, n):
+    """Round n float32 at an address to the nearest bfloat16, ties to even, in place."""
+    bits_N = words(x, n)
+    for i in range(n):
+        bits = bits_N[i]
+        odd = (bits >> np.uint32(16)) & np.uint32(1)
+        up = bits + np.uint32(0x7FFF) + odd
+        is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)  # a carry would hide it
+        bits_N[i] = (bits | np.uint32(0x400000) if is_nan else up) & np.uint32(0xFFFF0000)
+
+
+@jit
 def _norm_rows(x, weight, eps, out, rows, D):
     for row in range(rows):
         norm_row(x + 4 * D * row, weight, eps, out + 4 * D * row, D)
@@ -48,7 +60,8 @@ def _turn_rows(x, cos, sin, tokens, heads, H, interleaved):
 
 def rms_norm(x_MD: np.ndarray, w_D: np.ndarray, eps: float) -> np.ndarray:
     """model.rms_norm of contiguous float32."""
-    x_MD, w_D, y_MD = np.ascontiguousarray(x_MD), np.ascontiguousarray(w_D), np.empty_like(x_MD)
+    x_MD, y_MD = np.ascontiguousarray(x_MD), np.empty(x_MD.shape, np.float32)
+    w_D = np.ascontiguousarray(w_D, np.float32)  # a vector of 16 bits is widened, as in the spec
     _norm_rows(address(x_MD), address(w_D), np.float32(eps), address(y_MD), *x_MD.shape)
     return y_MD
 
