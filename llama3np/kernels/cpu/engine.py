@@ -13,7 +13,7 @@ from llama3np.cache import Cache, Window
 from llama3np.config import Config
 from llama3np.kernels import tokens
 from llama3np.kernels.attention import attention
-from llama3np.kernels.cpu import gemm_bf16
+from llama3np.kernels.cpu import gemm, gemm_bf16
 from llama3np.kernels.cpu import tokens as compiled
 from llama3np.kernels.cpu.compiler import announce
 from llama3np.kernels.cpu.dots import widen_rows as compiled_widen
@@ -24,6 +24,7 @@ from llama3np.kernels.cpu.step import PHASES, SPLIT, STEP, own_floats, run
 from llama3np.kernels.engine import Engine
 from llama3np.kernels.ggml import FORMATS
 from llama3np.kernels.product import widen_rows
+from llama3np.kernels.rounded import round_bf16
 from llama3np.model import rope_tables
 from llama3np.numerics import Profile
 from llama3np.params import Params
@@ -47,6 +48,7 @@ class CompiledEngine(Engine):
         self._angles = Angles(config)
 
         self._has_bf16 = gemm_bf16.supported()
+        self._has_fma = profile.dtype == "float32" and gemm.supported()
         if profile.dtype == "float32":
             self.ops = self.ops._replace(
                 rms_norm=partial(tokens.rms_norm, pool=pool, op=compiled.rms_norm),
@@ -71,6 +73,9 @@ class CompiledEngine(Engine):
         """x_MD @ w.T, by the profile."""
         if self.profile.rounded and self._has_bf16 and isinstance(w.stored, np.ndarray):
             return gemm_bf16.products(x_MD, [w.stored], self.pool)[0]
+        if self._has_fma and len(x_MD) >= gemm.FEWEST and gemm.takes(w):
+            x_MD = round_bf16(x_MD) if self.profile.rounded else x_MD
+            return gemm.products(x_MD, [w], self.pool)[0]
         return super().product(x_MD, w)
 
     def forward(
