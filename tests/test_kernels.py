@@ -1,5 +1,8 @@
 """Stored formats against the plain product."""
 
+import platform
+import subprocess
+import sys
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import configs, seeds
 
-from llama3np.kernels import Blocks, Half, Joined, chunks, ggml, planes, product, stored
+from llama3np.kernels import Blocks, Half, Joined, chunks, ggml, product, stored
 from llama3np.kernels.ggml import FORMATS
 from llama3np.kernels.widening import from_half
 from llama3np.params import random
@@ -126,19 +129,6 @@ def test_parts_of_blocks_are_refused():
         Blocks("Q8_0", np.zeros((2, 35), np.uint8))
 
 
-@pytest.mark.parametrize("type_name", planes.PLANES)
-@given(st.integers(1, 5), st.integers(1, 3), seeds)
-def test_columns_hold_the_numbers_of_the_rows(type_name, n_out, n_blocks, seed):
-    """All bytes are drawn, so scales are any float16: subnormal, infinite and NaN ones too."""
-    form, rng = FORMATS[type_name], np.random.default_rng(seed)
-    w = Blocks(type_name, rng.integers(0, 256, (n_out + 2, n_blocks * form.nbytes), np.uint8))
-    columns = np.empty((w.shape[1], n_out), np.float32)
-    planes.decode_columns(w, 1, n_out + 1, columns)
-    order = planes.order(type_name, w.shape[1])
-    assert sorted(order) == list(range(w.shape[1]))
-    np.testing.assert_array_equal(columns.T, w[1 : n_out + 1][:, order])
-
-
 # ---- the NumPy engine's product -----------------------------------------------------------------
 
 POOLS = [Pool(threads) for threads in (1, 2, 3)]
@@ -175,7 +165,6 @@ def limits(patch, chunk, prefill=32, vectors=1024):
     """Make chunks so small that small matrices have several."""
     for name, value in {
         "CHUNK": chunk,
-        "COLUMNS": chunk,
         "TILE": 2 * chunk,
         "TILE_ROWS": 5,
     }.items():
@@ -307,3 +296,21 @@ def test_no_format_ever_holds_a_matrix_widened(type_name, monkeypatch):
         for work in (lambda x=x_MD: product.product(x, w, POOLS[1]), lambda x=x_MD: x @ w.T):
             assert traced(work) < n_out * n_in  # a quarter of the float32
     assert traced(lambda: w[np.array([[3, 4]])]) < 2**16
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no glibc")
+def test_memory_is_not_asked_for_again_and_again():
+    """In a process of its own, because what malloc keeps depends on all that was ever freed."""
+    code = """if True:
+        import resource
+        import numpy as np
+        from llama3np.kernels import Blocks
+        from llama3np.kernels.product import product
+        from llama3np.threads import Pool
+        w, x_MD = Blocks("Q5_K", np.zeros((2048, 8 * 176), np.uint8)), np.zeros((1, 2048), "f4")
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            product(x_MD, w, Pool(1))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000  # pages; it would be 2300

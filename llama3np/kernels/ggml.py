@@ -17,8 +17,8 @@ from llama3np.kernels.widening import from_half
 
 Decoder = Callable[[np.ndarray, np.ndarray], None]  # (blocks_RC, out_RW)
 
-# Weights decoded at a time. Each step of a decoder goes over all of them, so they should stay in a
-# core's own cache from one step to the next; fewer would lose time in Python.
+# Weights decoded at a time. Measured: with fewer, which would fit a core's own cache, threads wait
+# for the interpreter's lock between the steps of a decoder longer than the steps take.
 PIECE = 1 << 19
 
 _VOID = {n: np.dtype((np.void, n)) for n in (4, 8, 16)}
@@ -97,12 +97,12 @@ def _products(d_JR: np.ndarray, *scales_RG: np.ndarray) -> list[np.ndarray]:
 def _scale(out_RW: np.ndarray, q_RW: np.ndarray, *scales_RG: np.ndarray) -> None:
     """Fill with scale * q, or scale * q + minimum, one of each for each of a block's G parts.
 
-    The scales are repeated for each weight: one long step is faster than one for each part.
+    np.repeat for longer steps would hold the interpreter's lock, for which other threads wait.
     """
     np.copyto(out_RW, q_RW)
-    for operation, scale_RG in zip((np.multiply, np.add), scales_RG, strict=False):
-        every_W = np.repeat(scale_RG.reshape(-1), out_RW.size // scale_RG.size)
-        operation(out_RW, every_W.reshape(out_RW.shape), out=out_RW)
+    out_GW = out_RW.reshape(scales_RG[0].size, -1)
+    for operate, scale_RG in zip((np.multiply, np.add), scales_RG, strict=False):
+        operate(out_GW, scale_RG.reshape(-1, 1), out=out_GW)
 
 
 def _k_scales(packed_R12: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -177,17 +177,17 @@ def _q3_k(blocks_RC: np.ndarray, out_RW: np.ndarray) -> None:
 
 def _q4_k(blocks_RC: np.ndarray, out_RW: np.ndarray) -> None:
     """float16 d, dmin, 8 scales and minima of 6 bits, 128 bytes of two: d*scale*q - dmin*min."""
-    _scale(out_RW, _fields(_bytes(blocks_RC, 16, 144), 4, 32), *scales_q4_q5(blocks_RC))
+    _scale(out_RW, _fields(_bytes(blocks_RC, 16, 144), 4, 32), *_scales_q4_q5(blocks_RC))
 
 
 def _q5_k(blocks_RC: np.ndarray, out_RW: np.ndarray) -> None:
     """As Q4_K, with 256 fifth bits between the scales and the bytes."""
     low_RW = _fields(_bytes(blocks_RC, 48, 176), 4, 32)
     high_RW = _fields(_bytes(blocks_RC, 16, 48), 1, 32)
-    _scale(out_RW, _with_high(low_RW, high_RW, 4), *scales_q4_q5(blocks_RC))
+    _scale(out_RW, _with_high(low_RW, high_RW, 4), *_scales_q4_q5(blocks_RC))
 
 
-def scales_q4_q5(blocks_RC: np.ndarray) -> list[np.ndarray]:
+def _scales_q4_q5(blocks_RC: np.ndarray) -> list[np.ndarray]:
     """The eight d * scale, and the eight -dmin * minimum, of each block of Q4_K or Q5_K."""
     return _products(_f16(blocks_RC, 0, 2), *_k_scales(blocks_RC[:, 4:16]))
 

@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from llama3np.kernels.blocks import Blocks
-from llama3np.kernels.planes import PLANES, decode_columns, order
 from llama3np.kernels.widening import widen as widen_array
 from llama3np.threads import Pool
 
@@ -25,8 +23,6 @@ Widen = Callable[[Any, int, int, np.ndarray], None]
 # Weights in a chunk when few vectors are multiplied: 4 MiB of float32. Measured: reading from
 # memory is slow if the scratch fits into a core's own cache, and four times as many are too many.
 CHUNK = 2**20
-# Weights decoded at a time by columns. Threads that take short steps wait for the interpreter.
-COLUMNS = 2**19
 # Below this many a second thread gains less than it costs to wake.
 SHARE = 2**17
 # From so many vectors on, BLAS copies parts of both matrices to lay them out for itself. Larger
@@ -34,6 +30,19 @@ SHARE = 2**17
 PREFILL, TILE_ROWS, TILE, TILE_VECTORS = 32, 1024, 2**23, 1024
 # Fewer vectors than this are multiplied one by one.
 FEW = 4
+
+
+def _keep_freed_memory() -> None:
+    """Make glibc reuse the memory of large arrays, once for the process.
+
+    It maps each of them anew, and the first touch of each page then costs as much as decoding what
+    goes there, until it has seen an array of that size freed: then it keeps twice as much.
+    Elsewhere this does nothing. The array itself is never touched, so it takes no memory.
+    """
+    np.empty(2**24, np.uint8)
+
+
+_keep_freed_memory()
 
 
 def product(x_MD: np.ndarray, w: Any, pool: Pool, widen: Widen | None = None) -> np.ndarray:
@@ -58,7 +67,7 @@ def products(
     def task(i: int, _: int) -> None:
         j, start = chunks[i]
         y_MO = y[j][:, start : start + steps[j]]
-        _multiply(x_PD, weights[j], start, y_MO, widen)
+        _multiply(x_PD, weights[j], start, y_MO, widen or widen_rows)
 
     pool.map(task, len(chunks))
     return y
@@ -84,16 +93,14 @@ def _padded(x_MD: np.ndarray) -> np.ndarray:
     return x_PD
 
 
-def _multiply(x_PD: np.ndarray, w: Any, start: int, y_MO: np.ndarray, widen: Widen | None) -> None:
+def _multiply(x_PD: np.ndarray, w: Any, start: int, y_MO: np.ndarray, widen: Widen) -> None:
     """Multiply by the rows from `start`; a plain array of the same dtype goes to BLAS as it is."""
     n_rows, dtype = y_MO.shape[1], x_PD.dtype
-    if widen is None and len(x_PD) < PREFILL and dtype == np.float32 and _in_planes(w):
-        _multiply_columns(x_PD, w, start, y_MO)
-    elif isinstance(w, np.ndarray) and w.dtype == dtype:
+    if isinstance(w, np.ndarray) and w.dtype == dtype:
         _blas(x_PD, w[start : start + n_rows], y_MO)
     else:
         w_OD = _scratch((n_rows, w.shape[1]), dtype)
-        (widen or widen_rows)(w, start, start + n_rows, w_OD)
+        widen(w, start, start + n_rows, w_OD)
         _blas(x_PD, w_OD, y_MO)
 
 
@@ -113,26 +120,6 @@ def _blas(x_PD: np.ndarray, w_OD: np.ndarray, y_MO: np.ndarray) -> None:
         step = max(16, 8192 // len(y_NO))
         for i in range(0, len(y_OP), step):
             y_NO[:, i : i + step] = y_OP[i : i + step, : len(y_NO)].T
-
-
-def _in_planes(w: Any) -> bool:
-    return isinstance(w, Blocks) and w.type in PLANES
-
-
-def _multiply_columns(x_PD: np.ndarray, w: Blocks, start: int, y_MO: np.ndarray) -> None:
-    """The same with the weights laid out as columns, some rows of them at a time."""
-    (M, n_rows), n_in = y_MO.shape, w.shape[1]
-    x_PK = x_PD[:, order(w.type, n_in)]
-    step = -(-n_rows // -(-n_rows * n_in // COLUMNS))
-    for i in range(0, n_rows, step):
-        y_MS = y_MO[:, i : i + step]
-        w_KS = _scratch((n_in, y_MS.shape[1]), x_PK.dtype)
-        decode_columns(w, start + i, start + i + y_MS.shape[1], w_KS)
-        if M < FEW:
-            for x_K, y_S in zip(x_PK, y_MS, strict=True):
-                np.matmul(x_K, w_KS, out=y_S)
-        else:
-            y_MS[...] = np.matmul(x_PK, w_KS)[:M]
 
 
 _kept = threading.local()
