@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from llama3np.kernels.chunks import Transposed
+from llama3np.kernels.half import Half
 
 
 def round_bf16(x_MK: np.ndarray) -> np.ndarray:
@@ -18,6 +18,6 @@ def round_bf16(x_MK: np.ndarray) -> np.ndarray:
 def plain_product(x_MK: np.ndarray, w_OK: Any) -> np.ndarray:
     """round_bf16(x) @ w.T with sums in float32: a product of two bfloat16 numbers is exact in it.
 
-    w is a bfloat16 array, or anything whose slices of rows are; it is widened chunk by chunk.
+    w is a bfloat16 array or Joined; it is widened chunk by chunk.
     """
-    return round_bf16(x_MK) @ Transposed(w_OK)
+    return round_bf16(x_MK) @ Half(w_OK).T

@@ -30,7 +30,7 @@ from llama3np.numerics import Profile
 from llama3np.params import Params
 from llama3np.threads import Pool
 
-MOST_TOKENS = 8  # of one step; more go through BLAS, which needs some rows to be fast
+MOST_TOKENS = 8  # of one step; more are faster as products of many rows
 
 _CODES = {form.dtype: form.number for form in FORMATS.values() if form.dtype is not None}
 
@@ -48,7 +48,7 @@ class CompiledEngine(Engine):
         self._angles = Angles(config)
 
         self._has_bf16 = gemm_bf16.supported()
-        self._has_fma = profile.dtype == "float32" and gemm.supported()
+        self._has_avx512 = profile.dtype == "float32" and gemm.supported()
         if profile.dtype == "float32":
             self.ops = self.ops._replace(
                 rms_norm=partial(tokens.rms_norm, pool=pool, op=compiled.rms_norm),
@@ -73,7 +73,7 @@ class CompiledEngine(Engine):
         """x_MD @ w.T, by the profile."""
         if self.profile.rounded and self._has_bf16 and isinstance(w.stored, np.ndarray):
             return gemm_bf16.products(x_MD, [w.stored], self.pool)[0]
-        if self._has_fma and len(x_MD) >= gemm.FEWEST and gemm.takes(w):
+        if self._has_avx512 and len(x_MD) >= gemm.FEWEST and gemm.takes(w):
             x_MD = round_bf16(x_MD) if self.profile.rounded else x_MD
             return gemm.products(x_MD, [w], self.pool)[0]
         return super().product(x_MD, w)

@@ -54,8 +54,16 @@ def supported() -> bool:
 
 def takes(w: Any) -> bool:
     """Whether `products` can read a weight: stored in whole rows, in one of ggml's formats."""
+    return _rows_of(w) is not None
+
+
+def _rows_of(w: Any) -> tuple[int, Sequence[np.ndarray]] | None:
+    """(ggml's number of the format, the parts that lie below each other)."""
     found = parts_of(w)
-    return found is not None and (len(found[1]) == 1 or found[2] == 0)
+    if found is None:
+        return None
+    code, parts, axis = found
+    return (code, parts) if len(parts) == 1 or axis == 0 else None
 
 
 def products(x_MK: np.ndarray, weights: Sequence[Any], pool: Pool) -> list[np.ndarray]:
@@ -75,10 +83,11 @@ def products(x_MK: np.ndarray, weights: Sequence[Any], pool: Pool) -> list[np.nd
 
 def _operands(w: Any, K: int, y_MO: np.ndarray) -> list[Operand]:
     """The parts of a weight, each with the columns of y that are its own."""
-    if not takes(w) or w.shape[1] != K:
+    found = _rows_of(w)
+    if found is None or w.shape[1] != K:
         expected = f"expected a weight of {K} columns, in whole rows"
         raise ValueError(f"{expected}, found {type(w).__name__} {w.dtype} of shape {w.shape}")
-    code, parts, _ = parts_of(w)
+    code, parts = found
     ends = np.cumsum([0, *map(len, parts)])
     columns = [y_MO[:, start:end] for start, end in pairwise(ends)]
     return [_operand(code, part, K, y) for part, y in zip(parts, columns, strict=True)]
