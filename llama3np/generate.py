@@ -101,7 +101,8 @@ def generate(
             return
         ids_B1 = np.zeros((len(prompts), 1), dtype=np.int64)
         ids_B1[running, 0] = [token.id for token in tokens if token.finish_reason is None]
-        new_B = np.isin(np.arange(len(prompts)), running).astype(np.int64)
+        new_B = np.zeros(len(prompts), dtype=np.int64)
+        new_B[running] = 1
         logits_BV = forward(ids_B1, cache, new_B, True)[:, 0]
 
 

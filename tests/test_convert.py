@@ -26,7 +26,9 @@ from hypothesis.extra.numpy import arrays
 import llama3np
 from llama3np.config import Config
 from llama3np.errors import InputError
+from llama3np.kernels import Blocks
 from llama3np.load import (
+    gguf,
     gguf_file,
     load_checkpoint,
     names,
@@ -247,6 +249,40 @@ def test_blocks_are_decoded_exactly_elsewhere(quantized, kind):
     convert(source, quantized / "requantized.gguf", dtype="q8_0")
     out = gguf_file.read(quantized / "requantized.gguf")
     assert {info.type for info in out.tensors.values()} == {"F32", "Q8_0"}
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])
+def test_a_model_that_was_loaded_is_saved_in_its_blocks(quantized, kind):
+    """In GGUF; elsewhere as float32. Whole rows change places, with what is stored of them."""
+    path = quantized / f"{kind}.gguf"
+    config, params = load_checkpoint(path)[:2]
+    assert {w.type for w in named(params, True).values() if isinstance(w, Blocks)} == {kind}
+    save_gguf(quantized / "again.gguf", config, params)
+    there = names.with_pairing(config, params, "half")
+    assert isinstance(there[1].layers[0].wk, Blocks)
+    save_gguf(quantized / "turned.gguf", *there)
+    for name in ("again", "turned"):
+        source, out = (gguf_file.read(quantized / f"{n}.gguf") for n in (kind, name))
+        for tensor, info in source.tensors.items():
+            assert out.tensors[tensor].type == info.type
+            assert (out.stored(tensor) == source.stored(tensor)).all()
+    save_hf(quantized / "hf", config, params)
+    save_meta(quantized / "meta", config, params)
+    save_llama2c(quantized / "x.bin", config, params)
+    for name in ("hf", "meta", "x.bin"):
+        assert values(quantized / name)[1] == values(path)[1]
+
+
+def test_loading_blocks_reads_nothing_of_them():
+    file, _, matched, _ = gguf.open_file(paths.smollm2_gguf())
+    tracemalloc.start()
+    try:
+        tensors = [gguf.matrix_or_vector(file, theirs) for theirs in matched.values()]
+        held = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sum(w.nbytes for w in tensors) > 90_000_000
+    assert held < 1_000_000
 
 
 def test_rows_that_are_no_whole_blocks_become_f16(tmp_path):

@@ -2,22 +2,30 @@
 
 import os
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
+import ml_dtypes
 import numpy as np
 import pytest
-from checks import assert_close, assert_same
+from checks import assert_close, assert_same, difference
 from hypothesis import given
 from hypothesis import strategies as st
 from noise import NOISE, ULP32, noise, oracle_taps
 from strategies import STORED, models, padded, ragged_runs, runs, splits, token_ids
 
+import llama3np.params
 from llama3np import model as spec
+from llama3np.cache import new_cache
+from llama3np.config import Config
 from llama3np.errors import InputError
-from llama3np.kernels import stored
+from llama3np.kernels import Joined, ggml, stored
+from llama3np.kernels.blocks import Blocks
 from llama3np.kernels.engine import ENGINES, make_engine
+from llama3np.kernels.ggml import FORMATS
 from llama3np.llm import Llama
 from llama3np.numerics import profile
+from llama3np.params import from_named, named
 
 engines = st.sampled_from(ENGINES)
 threads = st.integers(1, 3)
@@ -101,6 +109,145 @@ def test_an_idle_row_changes_nothing_and_is_not_changed(model, extra, name):
     assert all((k[1] == old).all() for k, old in zip(cache.k, before, strict=True))
 
 
+# ---- every format -------------------------------------------------------------------------------
+
+WIDE = Config(256, 2, 8, 2, 32, 512, 70, tied=False)  # whole blocks of 256 in every row
+# Where a block has its float16 scale and, of the formats that have one, its minimum.
+SCALES = {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)},
+}
+STEPS = (40, 1, 1, 3, 12, 1)  # tokens of each call: prefill, decode, and what lies between
+
+
+def quantised(name, shape, rng):
+    """A matrix of random blocks, its weights about as large as those of a model."""
+    form = FORMATS[name]
+    blocks_BC = rng.integers(0, 256, (shape[0] * shape[1] // form.weights, form.nbytes), np.uint8)
+    for at in SCALES[name]:
+        blocks_BC[:, at : at + 2] = np.array([1], np.float16).view(np.uint8)
+    largest = np.abs(ggml.decode(name, blocks_BC, (len(blocks_BC), form.weights))).max()
+    for i, at in enumerate(SCALES[name]):
+        sign = -1 if i and name.endswith("_1") else 1  # their minimum is added, of others taken off
+        size = np.float16(sign * rng.uniform(0.05, 0.1) / largest)
+        blocks_BC[:, at : at + 2] = np.array([size]).view(np.uint8)
+    return Blocks(name, blocks_BC.reshape(shape[0], -1))
+
+
+def shards(w, axis):
+    """A bfloat16 matrix in two parts, as Meta's files hold it."""
+    return Joined(np.split(w.astype(ml_dtypes.bfloat16), 2, axis), axis)
+
+
+def params_of(kind, config, rng):
+    """Random weights, all matrices of one kind."""
+    params = llama3np.params.random(config, rng)
+
+    def change(name, w):
+        if w.ndim == 1:
+            return w
+        if kind in SCALES:
+            return quantised(kind, w.shape, rng)
+        if kind == "shards":
+            return shards(w, 1 if name.endswith(("wo", "w_down", "embed_VD")) else 0)
+        return w.astype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind)
+
+    changed = {name: change(name, w) for name, w in named(params, config.tied).items()}
+    return from_named(changed, config)
+
+
+def widened(params, config):
+    tensors = {name: np.asarray(w) for name, w in named(params, config.tied).items()}
+    return from_named({n: w.astype(np.float64) for n, w in tensors.items()}, config)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("kind", [*STORED, "shards", *SCALES])
+def test_every_format_gives_the_logits_of_its_widened_weights(name, kind):
+    """Within the noise of float32, which the plain forward pass of the same weights shows."""
+    config, rng = WIDE, np.random.default_rng(3)
+    params = params_of(kind, config, rng)
+    plain = widened(params, config)
+    narrow = from_named(
+        {n: w.astype(np.float32) for n, w in named(plain, config.tied).items()}, config
+    )
+    ids = rng.integers(0, config.vocab_size, sum(STEPS)).tolist()
+    logits = {}
+    for dtype, weights in (("float64", plain), ("float32", narrow)):
+        cache = new_cache(config, 1, len(ids), dtype)
+        logits[dtype], _ = spec.forward(weights, config, [ids], cache, dtype=dtype, last_only=False)
+    engine = make_engine(name, 2, stored(params), config, profile("float32"))
+    found = fed(engine, new_cache(config, 1, len(ids)), ids, STEPS)
+    truth = logits["float64"][0]
+    allowed = NOISE * (difference(logits["float32"][0], truth) + ULP32)
+    assert_close(found, truth, allowed, "logits")
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("stored_as", ["bfloat16", "float16"])
+def test_a_short_cache_is_that_of_rounded_keys_and_values(name, stored_as):
+    """The same in decode steps and in prefill, in every engine: as the spec does it."""
+    rng = np.random.default_rng(5)
+    params = llama3np.params.random(WIDE, rng)
+    ids = rng.integers(0, WIDE.vocab_size, sum(STEPS)).tolist()
+    expected, _ = spec.forward(
+        params, WIDE, [ids], new_cache(WIDE, 1, len(ids), stored_as), last_only=False
+    )
+    engine = make_engine(name, 2, params, WIDE, profile("float32"))
+    found = fed(engine, new_cache(WIDE, 1, len(ids), stored_as), ids, STEPS)
+    # A key that lies on the edge between two bf16 numbers may go either way: a unit of 2^-8 of one
+    # number in 32, of one key, where equal arithmetic is 2^-24 apart.
+    assert_close(found, expected[0], 2**-8, "logits")
+    assert difference(found, expected[0]) > 0 or name == "numpy"
+
+
+def test_bf16_mm_rounds_activations_as_they_enter_a_product():
+    """Both engines: against float64 arithmetic on rounded numbers, and not against float32."""
+    rng = np.random.default_rng(7)
+    params = params_of("bfloat16", WIDE, rng)
+    ids = rng.integers(0, WIDE.vocab_size, sum(STEPS)).tolist()
+    plain = widened(params, WIDE)
+
+    def rounding(x_BTD, w):
+        return spec.linear(x_BTD.astype(ml_dtypes.bfloat16).astype(np.float64), w)
+
+    expected, exact = (
+        spec.forward(
+            plain, WIDE, [ids], new_cache(WIDE, 1, len(ids), "float64"), dtype="float64", ops=ops,
+            last_only=False,
+        )[0][0]
+        for ops in (spec.PLAIN._replace(linear=rounding), spec.PLAIN)
+    )  # fmt: skip
+    floor = difference(expected, exact)  # what rounding itself does
+    for name in ENGINES:
+        engine = make_engine(name, 2, stored(params), WIDE, profile("bf16-mm"))
+        found = fed(engine, new_cache(WIDE, 1, len(ids)), ids, STEPS)
+        assert difference(found, expected) < floor / 2, name
+        assert difference(found, exact) > floor / 2, name
+
+
+def test_bf16_mm_refuses_other_weights_by_name():
+    params = llama3np.params.random(WIDE, np.random.default_rng(0))
+    with pytest.raises(InputError, match="embed_VD: the profile bf16-mm multiplies bfloat16"):
+        Llama(WIDE, params, dtype="bf16-mm")
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_no_engine_holds_a_widened_matrix(name):
+    """Traced from loading to decoding: all that is held is smaller than any one of the matrices."""
+    config = Config(512, 1, 4, 2, 128, 32768, 64)
+    params = params_of("Q4_0", config, np.random.default_rng(1))
+    whole = 4 * config.dim * config.ffn_dim  # bytes of w_gate in float32: 67 MB
+    tracemalloc.start()
+    llm = Llama(config, params, engine=name, threads=2, max_seq_len=64)
+    tracemalloc.reset_peak()
+    llm.generate([[1, 2, 3, 4] * 5], max_new_tokens=3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < whole / 2
+
+
 # ---- the same bits ------------------------------------------------------------------------------
 
 
@@ -146,11 +293,10 @@ def test_several_python_threads_may_use_one_model_at_once(name, stored, run_of, 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_forked_process_has_threads_of_its_own(name):
-    from llama3np.config import Config
-    from llama3np.params import random
-
     config = Config(64, 2, 4, 2, 16, 96, 50)
-    llm = Llama(config, random(config, np.random.default_rng(0)), engine=name, threads=2)
+    llm = Llama(
+        config, llama3np.params.random(config, np.random.default_rng(0)), engine=name, threads=2
+    )
     expected = llm.forward([[1, 2, 3]])
     child = os.fork()
     if child == 0:
@@ -188,11 +334,8 @@ def test_an_unknown_engine_is_refused(tmp_path):
 
 def test_without_numba_numpy_is_the_engine(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "llama3np.kernels.cpu.engine", None)
-    from llama3np.config import Config
-    from llama3np.params import random
-
     config = Config(8, 1, 2, 1, 4, 8, 9)
-    params = random(config, np.random.default_rng(0))
+    params = llama3np.params.random(config, np.random.default_rng(0))
     assert Llama(config, params).engine.name == "numpy"
     with pytest.raises(InputError, match="engine: numba cannot be imported"):
         Llama(config, params, engine="numba")

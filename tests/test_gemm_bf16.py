@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import seeds
 
 pytest.importorskip("numba", reason="numba is not installed")
-from llama3np.kernels.cpu.gemm_bf16 import pack, product, products, supported
+from llama3np.kernels.cpu.gemm_bf16 import products, supported
 from llama3np.kernels.rounded import plain_product
 from llama3np.threads import Pool
 
@@ -69,7 +69,7 @@ def test_product_is_what_the_manual_says(M, n_out, n_in, data):
             for place in data.draw(st.lists(places, max_size=3)):
                 array[place] = data.draw(special)
     pool = data.draw(pools)
-    y_MO = product(pack(x_MK, pool), w_OK, pool)
+    y_MO = products(x_MK, [w_OK], pool)[0]
     assert y_MO.dtype == np.float32
     np.testing.assert_array_equal(y_MO, defined_product(x_MK, w_OK))
 
@@ -78,7 +78,7 @@ def test_product_is_what_the_manual_says(M, n_out, n_in, data):
 def test_product_is_near_the_exact_one(M, n_out, n_in, pool, data):
     x_MK = np.random.default_rng(data.draw(seeds)).standard_normal((M, n_in), np.float32)
     w_OK = data.draw(matrices(n_out, n_in))
-    y_MO = product(pack(x_MK, pool), w_OK, pool)
+    y_MO = products(x_MK, [w_OK], pool)[0]
     rounded_MK, wide_OK = x_MK.astype(BF16).astype(np.float64), w_OK.astype(np.float64)
     # Products are exact in float32 and each of n_in additions rounds once, by half an eps of a
     # partial sum: n_in * eps / 2 of the absolute sum, to first order; a whole eps is above it all.
@@ -104,7 +104,7 @@ def test_bits_depend_on_nothing_but_the_row(M, n_out, n_in, data):
     """Neither on the number of threads, nor on the rows beside it, nor on other weights."""
     x_MK = np.random.default_rng(data.draw(seeds)).standard_normal((M, n_in), np.float32)
     w_OK, other = data.draw(matrices(n_out, n_in)), data.draw(matrices(70, n_in))
-    y_MO = product(pack(x_MK, POOLS[1]), w_OK, POOLS[1])
+    y_MO = products(x_MK, [w_OK], POOLS[1])[0]
     for pool in POOLS.values():
         assert products(x_MK, [other, w_OK], pool)[1].tobytes() == y_MO.tobytes()
     m = data.draw(st.integers(0, M - 1))

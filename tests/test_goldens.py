@@ -12,6 +12,7 @@ import paths
 import pytest
 
 import llama3np
+from llama3np.kernels.engine import ENGINES
 
 LOGIT = 1e-3  # absolute, against the float64 reference
 NLL = 1e-5  # relative
@@ -22,9 +23,9 @@ STORIES_IDS = ("bos_only", "tim", "lily_ben", "cat", "quote")
 STORIES_FILES = ("stories260K.bin", "stories260K-hf", "stories260K-meta")
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    return llama3np.load(paths.smollm2_gguf())
+@pytest.fixture(scope="module", params=ENGINES)
+def smollm2(request):
+    return llama3np.load(paths.smollm2_gguf(), engine=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +44,12 @@ def stories_arrays():
     return np.load(paths.shared("goldens/stories260k_arrays.npz"))
 
 
-@pytest.fixture(scope="module", params=STORIES_FILES)
+@pytest.fixture(
+    scope="module", params=[(name, engine) for name in STORIES_FILES for engine in ENGINES]
+)
 def stories_llm(request):
-    return llama3np.load(paths.shared(f"data/{request.param}"))
+    name, engine = request.param
+    return llama3np.load(paths.shared(f"data/{name}"), engine=engine)
 
 
 def generated_with_stop(item):

@@ -51,9 +51,12 @@ class Blocks:
         stored = self.stored[rows]
         return decode(self.type, stored, (*stored.shape[:-1], self.shape[1]))
 
-    def decode_rows(self, start: int, stop: int, out: np.ndarray) -> None:
-        """Decode rows start to stop into `out`, float32 and contiguous."""
-        decode_rows(self.type, self.stored[start:stop], out)
+    def widen(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Fill `out`, contiguous, with rows start to stop."""
+        if out.dtype == self.dtype:
+            decode_rows(self.type, self.stored[start:stop], out)
+        else:
+            out[...] = self[start:stop]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """The whole matrix decoded, for a writer that holds one tensor at a time."""

@@ -12,7 +12,7 @@ CHUNK = 2**19
 
 
 class Transposed:
-    """The right operand of `x_MD @ w.T`, for any w with a shape whose slices of rows are arrays."""
+    """The right operand of `x_MD @ w.T`, for any stored format: w.widen gives its rows."""
 
     __array_ufunc__ = None  # so that NumPy leaves x @ w.T to __rmatmul__
 
@@ -30,8 +30,8 @@ class Transposed:
         scratch = np.empty((min(step, n_out), n_in), dtype=x_MD.dtype)
         y_MO = np.empty((len(x_MD), n_out), dtype=x_MD.dtype)
         for start in range(0, n_out, step):
-            rows = self.w[start : start + step]
-            wide = scratch[: len(rows)]
-            np.copyto(wide, rows, casting="unsafe")  # widening only; ml_dtypes types are "unsafe"
-            y_MO[:, start : start + step] = x_MD @ wide.T
+            stop = min(start + step, n_out)
+            wide = scratch[: stop - start]
+            self.w.widen(start, stop, wide)
+            y_MO[:, start:stop] = x_MD @ wide.T
         return y_MO

@@ -19,7 +19,7 @@ Decoder = Callable[[np.ndarray, np.ndarray], None]  # (blocks_RC, out_RW)
 
 # Weights decoded at a time. Each step of a decoder goes over all of them, so they should stay in a
 # core's own cache from one step to the next; fewer would lose time in Python.
-PIECE = 1 << 16
+PIECE = 1 << 19
 
 _VOID = {n: np.dtype((np.void, n)) for n in (4, 8, 16)}
 
@@ -177,17 +177,18 @@ def _q3_k(blocks_RC: np.ndarray, out_RW: np.ndarray) -> None:
 
 def _q4_k(blocks_RC: np.ndarray, out_RW: np.ndarray) -> None:
     """float16 d, dmin, 8 scales and minima of 6 bits, 128 bytes of two: d*scale*q - dmin*min."""
-    _scale(out_RW, _fields(_bytes(blocks_RC, 16, 144), 4, 32), *_scales_q4_q5(blocks_RC))
+    _scale(out_RW, _fields(_bytes(blocks_RC, 16, 144), 4, 32), *scales_q4_q5(blocks_RC))
 
 
 def _q5_k(blocks_RC: np.ndarray, out_RW: np.ndarray) -> None:
     """As Q4_K, with 256 fifth bits between the scales and the bytes."""
     low_RW = _fields(_bytes(blocks_RC, 48, 176), 4, 32)
     high_RW = _fields(_bytes(blocks_RC, 16, 48), 1, 32)
-    _scale(out_RW, _with_high(low_RW, high_RW, 4), *_scales_q4_q5(blocks_RC))
+    _scale(out_RW, _with_high(low_RW, high_RW, 4), *scales_q4_q5(blocks_RC))
 
 
-def _scales_q4_q5(blocks_RC: np.ndarray) -> list[np.ndarray]:
+def scales_q4_q5(blocks_RC: np.ndarray) -> list[np.ndarray]:
+    """The eight d * scale, and the eight -dmin * minimum, of each block of Q4_K or Q5_K."""
     return _products(_f16(blocks_RC, 0, 2), *_k_scales(blocks_RC[:, 4:16]))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from llama3np.kernels.chunks import Transposed
+from llama3np.kernels.widening import widen
 
 
 class Half:
@@ -24,7 +25,14 @@ class Half:
     @property
     def T(self) -> Transposed:
         """The right operand of a product."""
-        return Transposed(self.stored)
+        return Transposed(self)
+
+    def widen(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Fill `out`, contiguous, with rows start to stop."""
+        if isinstance(self.stored, np.ndarray):
+            widen(self.stored[start:stop], out)
+        else:
+            self.stored.widen(start, stop, out)
 
     def __getitem__(self, ids: Any) -> np.ndarray:
         """Rows of the matrix, in float32."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from llama3np.kernels.chunks import Transposed
+from llama3np.kernels.widening import widen
 
 
 class Joined:
@@ -52,20 +53,18 @@ class Joined:
             return self._stretch(*rows.indices(self.shape[0])[:2])
         return self._rows_of(np.asarray(rows))
 
-    def within(self, start: int, stop: int) -> Iterator[tuple[np.ndarray, slice, slice, slice]]:
-        """The parts that have some of rows start to stop.
-
-        Yields (part, its rows, columns of the whole, rows counted from start).
-        """
+    def widen(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Fill `out`, contiguous, with rows start to stop."""
         height, width = self.parts[0].shape
         for i, part in enumerate(self.parts):
             if self.axis == 1:
-                yield part, slice(start, stop), slice(i * width, (i + 1) * width), slice(None)
+                widen(part[start:stop], out[:, i * width : (i + 1) * width])
                 continue
             first, last = max(start, i * height), min(stop, (i + 1) * height)
             if first < last:
-                own = slice(first - i * height, last - i * height)
-                yield part, own, slice(None), slice(first - start, last - start)
+                widen(
+                    part[first - i * height : last - i * height], out[first - start : last - start]
+                )
 
     def _stretch(self, start: int, stop: int) -> np.ndarray:
         """Rows start to stop of parts below each other; a view if one part has them all."""

@@ -1,10 +1,18 @@
-"""16-bit numbers as float32, exactly."""
+"""Numbers in a wider type, exactly."""
 
 from __future__ import annotations
 
 import numpy as np
 
 _LARGEST = 0x7C00  # bits of float16's infinity; what is above is nan
+
+
+def widen(rows: np.ndarray, out: np.ndarray) -> None:
+    """Fill `out`, float32 or float64, with an array of a type that is not wider."""
+    if rows.dtype == np.float16 and out.dtype == np.float32:
+        from_half(rows.view(np.int16), out)
+    else:
+        np.copyto(out, rows, casting="unsafe")  # ml_dtypes types are "unsafe", and exact
 
 
 def from_half(bits: np.ndarray, out: np.ndarray) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,15 +30,25 @@ def cache_folder() -> Path:
     return Path(platformdirs.user_cache_dir("llama3np")) / f"kernels-{digest.hexdigest()[:16]}"
 
 
-CACHE = cache_folder()
 _SETTINGS: Any = numba.core.config  # numba's, of the whole process
+CACHE = Path(_SETTINGS.CACHE_DIR or cache_folder())
+
+
+def announce() -> None:
+    """Say, in the log, that kernels are about to be compiled, if they have not been."""
+    if not any(CACHE.rglob("*.nbi")):
+        logging.getLogger("llama3np").warning(
+            "llama3np: compiling kernels for this processor, once, some 20 seconds; kept in %s",
+            CACHE,
+        )
 
 
 def jit(function: Callable) -> Any:
     """Compile a function at its first call, to run without the interpreter's lock."""
     own = _SETTINGS.CACHE_DIR
-    _SETTINGS.CACHE_DIR = own or str(CACHE)
-    try:
-        return numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")(function)
-    finally:
-        _SETTINGS.CACHE_DIR = own  # not ours to change for others
+    _SETTINGS.CACHE_DIR = str(CACHE)
+    compiled = numba.njit(nogil=True, fastmath=FAST, error_model="numpy")(function)
+    with contextlib.suppress(RuntimeError):  # no folder can be written to: compile each time
+        compiled.enable_caching()
+    _SETTINGS.CACHE_DIR = own  # not ours to change for others
+    return compiled

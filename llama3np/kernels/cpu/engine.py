@@ -13,8 +13,9 @@ from llama3np.cache import Cache, Window
 from llama3np.config import Config
 from llama3np.kernels import tokens
 from llama3np.kernels.attention import attention
-from llama3np.kernels.cpu import gemm_bf16
+from llama3np.kernels.cpu import gemm, gemm_bf16
 from llama3np.kernels.cpu import tokens as compiled
+from llama3np.kernels.cpu.compiler import announce
 from llama3np.kernels.cpu.dots import widen_rows as compiled_widen
 from llama3np.kernels.cpu.layout import described, parts_of
 from llama3np.kernels.cpu.shared import address, new_counters
@@ -23,6 +24,7 @@ from llama3np.kernels.cpu.step import PHASES, SPLIT, STEP, own_floats, run
 from llama3np.kernels.engine import Engine
 from llama3np.kernels.ggml import FORMATS
 from llama3np.kernels.product import widen_rows
+from llama3np.kernels.rounded import round_bf16
 from llama3np.model import rope_tables
 from llama3np.numerics import Profile
 from llama3np.params import Params
@@ -40,11 +42,13 @@ class CompiledEngine(Engine):
 
     def __init__(self, params: Params, config: Config, profile: Profile, pool: Pool):
         super().__init__(params, config, profile, pool)
+        announce()
         self.model: Any = described(params, config, profile, pool.threads)
         self._spare: list[Room] = []  # room of finished steps, for the next one of its shape
         self._angles = Angles(config)
 
         self._has_bf16 = gemm_bf16.supported()
+        self._has_fma = profile.dtype == "float32" and gemm.supported()
         if profile.dtype == "float32":
             self.ops = self.ops._replace(
                 rms_norm=partial(tokens.rms_norm, pool=pool, op=compiled.rms_norm),
@@ -69,6 +73,9 @@ class CompiledEngine(Engine):
         """x_MD @ w.T, by the profile."""
         if self.profile.rounded and self._has_bf16 and isinstance(w.stored, np.ndarray):
             return gemm_bf16.products(x_MD, [w.stored], self.pool)[0]
+        if self._has_fma and len(x_MD) >= gemm.FEWEST and gemm.takes(w):
+            x_MD = round_bf16(x_MD) if self.profile.rounded else x_MD
+            return gemm.products(x_MD, [w], self.pool)[0]
         return super().product(x_MD, w)
 
     def forward(

@@ -60,7 +60,8 @@ def _turn_rows(x, cos, sin, tokens, heads, H, interleaved):
 
 def rms_norm(x_MD: np.ndarray, w_D: np.ndarray, eps: float) -> np.ndarray:
     """model.rms_norm of contiguous float32."""
-    x_MD, w_D, y_MD = np.ascontiguousarray(x_MD), np.ascontiguousarray(w_D), np.empty_like(x_MD)
+    x_MD, y_MD = np.ascontiguousarray(x_MD), np.empty(x_MD.shape, np.float32)
+    w_D = np.ascontiguousarray(w_D, np.float32)  # a vector of 16 bits is widened, as in the spec
     _norm_rows(address(x_MD), address(w_D), np.float32(eps), address(y_MD), *x_MD.shape)
     return y_MD
 
