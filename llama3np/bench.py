@@ -316,7 +316,8 @@ def _phase_ticks(llm: Llama) -> np.ndarray | None:
     None if the step was not compiled, or the processor does not tell its clock.
     """
     rooms = getattr(llm.engine, "_spare", None)
-    return rooms[-1].step.ticks_P.copy() if rooms and rooms[-1].step.ticks_P.any() else None
+    ticks_P = rooms[-1].arrays["ticks_P"].copy() if rooms else np.zeros(0)
+    return ticks_P if ticks_P.any() else None
 
 
 def phase_seconds(whole: float, ticks_SP: np.ndarray) -> dict[str, float]:

@@ -63,10 +63,10 @@ class Found(NamedTuple):
     def verdict(self) -> str:
         """The best that the median reaches."""
         middle = median(self.samples)
-        reached = (middle <= limit if self.most else middle >= limit for limit in self[2:0:-1])
-        return next(
-            (word for word, yes in zip(("aim", "bar"), reached, strict=True) if yes), "missed"
-        )
+        for word, limit in (("aim", self.aim), ("bar", self.bar)):
+            if (middle <= limit) if self.most else (middle >= limit):
+                return word
+        return "missed"
 
     def __str__(self) -> str:
         numbers = (median(self.samples), min(self.samples), max(self.samples))
