@@ -154,7 +154,7 @@ def test_tile_is_the_product_with_the_same_bits_as_each_pair_alone(rows, m, n, g
 
     def tile(w, r, x, j, y_MR):
         ends = x_MI.strides[0], j, n, y_MR.ctypes.data, y_MR.strides[0]
-        tile_dots(w.ctypes.data, r, x.ctypes.data, *ends)
+        tile_dots(0, w.ctypes.data, 4 * n, r, x.ctypes.data, *ends)
 
     tile(w_RI, rows, x_MI, m, room_MR)
     alone_MR = np.empty((m, rows), np.float32)

@@ -21,6 +21,7 @@ from llama3np.params import Params
 UNIT_BYTES, UNITS = 256 << 10, 16
 
 _PLAIN = {form.dtype: form.number for form in FORMATS.values() if form.dtype is not None}
+_WEIGHTS = {form.number: form.weights for form in FORMATS.values()}
 _MATRICES = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 
 
@@ -46,6 +47,7 @@ def described(params: Params, config: Config, profile: Profile, threads: int) ->
         code, arrays, axis = found
         row_bytes = arrays[0].strides[0]
         matrix["code"], (matrix["n_out"], matrix["n_in"]) = code, w.shape
+        matrix["weights"] = _WEIGHTS[code]
         matrix["row_bytes"], matrix["parts"], matrix["axis"] = row_bytes, len(arrays), axis
         matrix["part_bytes"] = arrays[0].shape[1] * arrays[0].itemsize
         matrix["first_part"], matrix["unit"] = len(parts), _unit(row_bytes, w.shape[0], threads)

@@ -49,7 +49,8 @@ SPARE = SCRATCH  # floats that attention needs of a worker's own room
 
 MATRIX = np.dtype(
     [
-        ("code", "i8"),  # ggml's number of the format
+        ("code", "i8"),  # ggml's number of the format, F32 is 0
+        ("weights", "i8"),  # of a block, 1 if they are plain numbers
         ("n_out", "i8"),
         ("n_in", "i8"),
         ("row_bytes", "i8"),  # from one row to the next
@@ -380,11 +381,15 @@ def _multiply(worker, model, step, w, first, count, x, tokens, y):
         for i in range(count):
             y_C[i] = row_dot(w.code, _row(model, w, first + i, spare), x, n)
         return
+    if w.parts == 1 and w.weights == 1:
+        row = _row(model, w, first, spare)
+        tile_dots(w.code, row, w.row_bytes, count, x, 4 * n, tokens, n, y, step.y_stride)
+        return
     for i in range(0, count, TILE):
         rows = min(TILE, count - i)
         for r in range(rows):
             widen_row(w.code, _row(model, w, first + i + r, spare), tile + 4 * r * n, n)
-        tile_dots(tile, rows, x, 4 * n, tokens, n, y + 4 * i, step.y_stride)
+        tile_dots(0, tile, 4 * n, rows, x, 4 * n, tokens, n, y + 4 * i, step.y_stride)
 
 
 @jit
