@@ -24,6 +24,7 @@ from llama3np.threads import Pool
 
 POOLS = {threads: Pool(threads) for threads in (1, 2, 3)}
 UNIT = 2.0**-24  # what one rounding of float32 is off by, at most, relative to its result
+SMALLEST = 2.0**-149
 HALVES = {  # where a block has its float16 numbers
     "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0],
     "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],
@@ -83,10 +84,12 @@ def normal(seed, *shape):
 
 
 def assert_near_exact(y_MO, x_MK, wide_OK):
-    """Higham, Accuracy and Stability, 3.1: K roundings at most on the way of every product."""
+    """Higham, Accuracy and Stability, 3.1 and 2.1: K roundings at most on the way of every product,
+    each off by a part of its result, or by half of the smallest number.
+    """
     x_MK, wide_OK = x_MK.astype(np.float64), wide_OK.astype(np.float64)
     exact_MO, K = x_MK @ wide_OK.T, x_MK.shape[1]
-    bound_MO = K * UNIT / (1 - K * UNIT) * (np.abs(x_MK) @ np.abs(wide_OK).T)
+    bound_MO = K * UNIT / (1 - K * UNIT) * (np.abs(x_MK) @ np.abs(wide_OK).T) + K * SMALLEST / 2
     finite_MO = np.isfinite(exact_MO)
     assert y_MO.dtype == np.float32
     assert (np.abs(y_MO - exact_MO) <= bound_MO)[finite_MO].all()
