@@ -303,21 +303,13 @@ def _decode_seconds(work: Work) -> dict[str, float]:
     """The mean over new_tokens steps."""
     start = perf_counter()
     with _timed_ops(work.llm) as spent:
-        ticks = [_phase_ticks(work.llm) for _ in work.steps(work.plan.new_tokens)]
+        # What computes without a compiled step has no phases to tell of.
+        told = getattr(work.llm.engine, "phase_ticks", lambda: None)
+        ticks = [told() for _ in work.steps(work.plan.new_tokens)]
     whole = perf_counter() - start
     parts = spent if any(t is None for t in ticks) else phase_seconds(whole, np.array(ticks))
     mean = {name: took / work.plan.new_tokens for name, took in parts.items()}
     return {**mean, "other": whole / work.plan.new_tokens - sum(mean.values())}
-
-
-def _phase_ticks(llm: Llama) -> np.ndarray | None:
-    """What the processor's clock was at the ends of the phases of the compiled step just made.
-
-    None if the step was not compiled, or the processor does not tell its clock.
-    """
-    rooms = getattr(llm.engine, "_spare", None)
-    ticks_P = rooms[-1].arrays["ticks_P"].copy() if rooms else np.zeros(0)
-    return ticks_P if ticks_P.any() else None
 
 
 def phase_seconds(whole: float, ticks_SP: np.ndarray) -> dict[str, float]:

@@ -90,9 +90,9 @@ class Bench:
         """Llama 3.2 1B's shape as GGUF."""
         return self.made(f"1b-{dtype}.gguf", PRESETS["llama3.2-1b"], "gguf", dtype)
 
-    def stories(self) -> Path:
-        """stories15M's shape in float32."""
-        return self.made("stories15m-f32.gguf", STORIES, "gguf", "f32")
+    def stories(self, dtype: str = "f32") -> Path:
+        """stories15M's shape. Its numbers are those of bfloat16, so both files have the same."""
+        return self.made(f"stories15m-{dtype}.gguf", STORIES, "gguf", dtype)
 
     def made(self, name: str, config: Config, layout: str, dtype: str) -> Path:
         """A model of made-up weights, made if it is not there."""
@@ -139,13 +139,24 @@ class Bench:
 
     @cache  # noqa: B019
     def against(
-        self, program: str, path: Path, prompt: int, new: int, engine: str, dtype: str = "float32"
+        self,
+        program: str,
+        path: Path,
+        prompt: int,
+        new: int,
+        engine: str,
+        dtype: str = "float32",
+        ours_in: Path | None = None,
     ) -> dict[str, Any]:
-        """Pairs of ours and another program, of llama3np.peers or likejazz."""
+        """Pairs of ours and another program, of llama3np.peers or likejazz.
+
+        ours_in: a file of the same numbers that ours opens in place of `path`.
+        """
         options = {"engine": engine, "threads": self.threads, "dtype": dtype}
+        options |= {"path": str(ours_in)} if ours_in else {}
         ours = peers.Program(peers.OURS, options=options)
         vocab_size = (
-            STORIES.vocab_size if path == self.stories() else make_checkpoint.LLAMA3_VOCABULARY
+            STORIES.vocab_size if "stories" in path.name else make_checkpoint.LLAMA3_VOCABULARY
         )
         ids = bench.prompt_ids(prompt, vocab_size)
         task = peers.Task(str(path), ids, new, self.threads, self.repeats)
@@ -170,9 +181,11 @@ class Bench:
         found = self.against("llama.cpp", path, bench.PROMPT_TOKENS, self.new_tokens, "numba")
         return found["decode"]["samples"]
 
-    def story_ratios(self, program: str, engine: str) -> list[float]:
-        """Decoding of stories15M: 200 tokens after 8."""
-        return self.against(program, self.stories(), 8, 200, engine)["decode"]["samples"]
+    def story_ratios(self, program: str, engine: str, dtype: str = "f32") -> list[float]:
+        """Decoding of stories15M: 200 tokens after 8; the other program has it in float32."""
+        ours = self.stories(dtype)
+        found = self.against(program, self.stories(), 8, 200, engine, ours_in=ours)
+        return found["decode"]["samples"]
 
 
 # ---- the rows ----------------------------------------------------------------------------------
@@ -238,11 +251,14 @@ def stories_likejazz(b: Bench) -> list[Found]:
     return [
         Found(b.story_ratios(likejazz.NAME, engine), bar, aim, what, "{:.1f}x")
         for engine, bar, aim, what in (("numpy", 9, 15, "NumPy"), ("numba", 25, 40, "numba"))
-    ]
+    ] + [Found(b.story_ratios(likejazz.NAME, "numba", "bf16"), 25, 40, "numba on bf16", "{:.1f}x")]
 
 
 def stories_llama_cpp(b: Bench) -> list[Found]:
-    return [Found(b.story_ratios("llama.cpp", "numba"), 2, 3, form="{:.2f}x")]
+    return [
+        Found(b.story_ratios("llama.cpp", "numba", dtype), 2, 3, what, "{:.2f}x")
+        for dtype, what in (("f32", "on f32"), ("bf16", "on bf16"))
+    ]
 
 
 def batches(b: Bench) -> list[Found]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import ml_dtypes
@@ -87,16 +89,16 @@ def make_engine(
     if profile.rounded:
         refuse_unrounded(params, config, profile)
     pool = Pool(available_cores() if threads is None else threads)
-    if name != "numpy":
+    if name == "numba" or (name is None and find_spec("numba") is not None):
         try:
             from llama3np.kernels.cpu.engine import CompiledEngine
 
             return CompiledEngine(params, config, profile, pool)
         except ImportError as error:
+            said = f"engine: numba cannot be imported ({error})"
             if name == "numba":
-                raise InputError(
-                    f'engine: numba cannot be imported ({error}); pip install "llama3np[fast]"'
-                ) from None
+                raise InputError(f'{said}; pip install "llama3np[fast]"') from None
+            logging.getLogger("llama3np").warning("llama3np: %s; NumPy computes alone", said)
     return Engine(params, config, profile, pool)
 
 

@@ -26,6 +26,8 @@ def over(pool: Pool, shape: tuple[int, ...], work: Callable[[slice], None]) -> N
 
 def rms_norm(x_BTD: Any, w_D: Any, eps: float, *, pool: Pool, op: Op = model.rms_norm) -> Any:
     """model.rms_norm."""
+    if x_BTD.size <= STRETCH:
+        return op(x_BTD, w_D, eps)
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     y_MD = np.empty_like(x_MD)
 
@@ -40,6 +42,8 @@ def rope(
     x_BTNH: Any, cos_BTP: Any, sin_BTP: Any, pairing: str, *, pool: Pool, op: Op = model.rope
 ) -> Any:
     """model.rope."""
+    if x_BTNH.size <= STRETCH:
+        return op(x_BTNH, cos_BTP, sin_BTP, pairing)
     y_BTNH = np.empty_like(x_BTNH)
     for b in range(len(x_BTNH)):
 
@@ -53,6 +57,8 @@ def rope(
 
 def swiglu(gate_BTF: Any, up_BTF: Any, *, pool: Pool, op: Op = model.swiglu) -> Any:
     """model.swiglu."""
+    if gate_BTF.size <= STRETCH:
+        return op(gate_BTF, up_BTF)
     gate_MF, up_MF = (array.reshape(-1, array.shape[-1]) for array in (gate_BTF, up_BTF))
     act_MF = np.empty_like(gate_MF)
 

@@ -14,10 +14,13 @@ from typing import Any
 
 
 def ours(task: dict[str, Any]) -> Any:
-    """llama3np, by its public surface's own loop; options are those of llama3np.load."""
+    """llama3np, by its public surface's own loop; options are those of llama3np.load.
+
+    A path among them is opened in place of the task's model: another file of the same numbers.
+    """
     import llama3np
 
-    llm = llama3np.load(task["model"], **task["options"])
+    llm = llama3np.load(**{"path": task["model"], **task["options"]})
     cache = llm.new_cache(1, len(task["prompt_ids"]) + task["new_tokens"] + 1)
 
     def generate(ids: list[int], count: int) -> Any:

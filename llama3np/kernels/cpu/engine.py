@@ -89,6 +89,15 @@ class CompiledEngine(Engine):
         cache.check(self.config, self.profile.dtype)
         return self._step(ids_BT, cache, cache.window(ids_BT.shape, new_B), last_only)
 
+    def phase_ticks(self) -> np.ndarray | None:
+        """The processor's clock at the beginning of the last step and the ends of its phases.
+
+        Those are step.PHASES of each layer, and the logits. None if there was no such step, or
+        the processor does not tell its clock.
+        """
+        ticks_P = self._spare[-1].arrays["ticks_P"].copy() if self._spare else np.zeros(1)
+        return ticks_P if ticks_P.any() else None
+
     def _step(
         self, ids_BT: np.ndarray, cache: Cache, window: Window, last_only: bool
     ) -> np.ndarray:

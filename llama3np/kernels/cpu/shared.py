@@ -134,9 +134,11 @@ def give_way(typing: Any) -> Any:
 
 @intrinsic
 def ticks(typing: Any) -> Any:
-    """The processor's own clock, in units of its choice."""
+    """The processor's own clock, in units of its choice; 0 where programs may not read it."""
 
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        if platform.machine().lower() not in ("x86_64", "amd64"):
+            return ir.Constant(I64, 0)
         kind = ir.FunctionType(I64, [])
         name = "llvm.readcyclecounter"
         return b.call(b.module.globals.get(name) or ir.Function(b.module, kind, name), [])
