@@ -58,12 +58,13 @@ def _turn_rows(x, cos, sin, tokens, heads, H, interleaved):
             turn_row(x + 4 * H * (t * heads + n), cos + angle, sin + angle, H, interleaved)
 
 
-def rms_norm(x_MD: np.ndarray, w_D: np.ndarray, eps: float) -> np.ndarray:
-    """model.rms_norm of contiguous float32."""
-    x_MD, y_MD = np.ascontiguousarray(x_MD), np.empty(x_MD.shape, np.float32)
+def rms_norm(x_BTD: np.ndarray, w_D: np.ndarray, eps: float) -> np.ndarray:
+    """model.rms_norm of float32 in any number of dimensions."""
+    x_BTD, y_BTD, D = np.ascontiguousarray(x_BTD), np.empty(x_BTD.shape, np.float32), len(w_D)
     w_D = np.ascontiguousarray(w_D, np.float32)  # a vector of 16 bits is widened, as in the spec
-    _norm_rows(address(x_MD), address(w_D), np.float32(eps), address(y_MD), *x_MD.shape)
-    return y_MD
+    where = address(x_BTD), address(w_D), np.float32(eps), address(y_BTD)
+    _norm_rows(*where, x_BTD.size // D, D)
+    return y_BTD
 
 
 def rope(x_BTNH: np.ndarray, cos_BTP: Any, sin_BTP: Any, pairing: str) -> np.ndarray:
@@ -76,7 +77,7 @@ def rope(x_BTNH: np.ndarray, cos_BTP: Any, sin_BTP: Any, pairing: str) -> np.nda
 
 
 def swiglu(gate_MF: np.ndarray, up_MF: np.ndarray) -> np.ndarray:
-    """model.swiglu of float32."""
+    """model.swiglu of float32 in any number of dimensions."""
     gate_MF, up_MF = np.ascontiguousarray(gate_MF), np.ascontiguousarray(up_MF)
     act_MF = np.empty_like(gate_MF)
     gate_row(address(gate_MF), address(up_MF), address(act_MF), act_MF.size)
