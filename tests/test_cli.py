@@ -220,11 +220,15 @@ def test_no_command_imports_a_framework(tiny):
         "import sys; from llama3np.cli import main; main(sys.argv[1:]); "
         "print(*sorted({'torch', 'cupy', 'numba', 'transformers', 'rich'} & set(sys.modules)))"
     )
-    for args in (["generate", str(tiny), "--prompt-ids", "1", "--max-new-tokens", "1"],):
+    for engine, imported in (("numpy", ""), ("numba", "numba")):
+        args = ["generate", str(tiny), "--prompt-ids", "1", "--max-new-tokens", "1"]
         run = subprocess.run(
-            [sys.executable, "-c", code, *args], capture_output=True, text=True, check=True
+            [sys.executable, "-c", code, *args, "--engine", engine],
+            capture_output=True,
+            text=True,
+            check=True,
         )
-        assert run.stdout.splitlines()[-1] == ""
+        assert run.stdout.splitlines()[-1] == imported
 
 
 # ---- what does not -------------------------------------------------------------------------------
