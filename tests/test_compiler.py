@@ -1,0 +1,108 @@
+"""Where compiled kernels are kept, and what happens where they cannot be."""
+
+import importlib.util
+import os
+import stat
+
+import pytest
+
+from llama3np.kernels.cpu import compiler
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A cache folder of the test's own, and no memory of what was said before."""
+    monkeypatch.setattr(compiler, "CACHE", tmp_path / "kernels")
+    compiler._warn_once.cache_clear()
+    return tmp_path / "kernels"
+
+
+def compiled(tmp_path):
+    """A function of a file of its own, as a new process would have it."""
+    source = tmp_path / "doubling.py"
+    if not source.exists():
+        source.write_text("def double(x):\n    return 2 * x\n", encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("doubling", source)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return compiler.jit(module.double)
+
+
+def test_a_kernel_is_compiled_once_and_that_is_said_once(folder, tmp_path, caplog):
+    assert compiled(tmp_path)(21) == 42
+    assert compiled(tmp_path)(1.5) == 3.0  # another type: compiled too, and not said again
+    said = [record.message for record in caplog.records if "compiling" in record.message]
+    assert len(said) == 1
+    assert str(folder) in said[0]
+    caplog.clear()
+    compiler._warn_once.cache_clear()
+    kept = compiled(tmp_path)
+    assert kept(21) == 42
+    assert sum(kept.stats.cache_hits.values()) == 1
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("kind", ["*.nbi", "*.nbc"])
+@pytest.mark.parametrize("content", [b"", b"spoiled"])
+def test_a_damaged_file_is_made_again(folder, tmp_path, caplog, kind, content):
+    compiled(tmp_path)(21)
+    for file in folder.rglob(kind):
+        file.write_bytes(content)
+    assert compiled(tmp_path)(21) == 42
+    kept = compiled(tmp_path)
+    assert kept(21) == 42
+    assert sum(kept.stats.cache_hits.values()) == 1
+
+
+def test_a_full_disk_is_said_and_no_error(folder, tmp_path, caplog, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compiler.numba.core.caching.FunctionCache, "save_overload", full)
+    assert compiled(tmp_path)(21) == 42
+    assert any("cannot be kept" in record.message for record in caplog.records)
+
+
+def test_where_nothing_can_be_written_kernels_are_compiled_each_time(tmp_path, monkeypatch, caplog):
+    """And not kept where numba would put them next: beside the sources, with no digest."""
+    monkeypatch.setattr(compiler, "CACHE", tmp_path / "file" / "kernels")
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    compiler._warn_once.cache_clear()
+    assert compiled(tmp_path)(21) == 42
+    assert not list(tmp_path.rglob("*.nbi"))
+    assert any("cannot be written to" in record.message for record in caplog.records)
+
+
+def test_the_folder_is_named_by_all_that_is_compiled_in(tmp_path, monkeypatch):
+    name = compiler.cache_folder().name
+    other = tmp_path / "ggml.py"
+    other.write_text("# another table of formats", encoding="utf-8")
+    monkeypatch.setattr(compiler.ggml, "__file__", str(other))
+    assert compiler.cache_folder().name != name
+
+
+def test_a_folder_of_the_users_choice_has_the_digest_as_well(tmp_path, monkeypatch):
+    name = compiler.cache_folder().name
+    monkeypatch.setattr(compiler._SETTINGS, "CACHE_DIR", str(tmp_path))
+    assert compiler.cache_folder() == tmp_path / name
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="users have no numbers on this system")
+def test_without_a_home_a_folder_that_only_this_user_can_write_to(tmp_path, monkeypatch):
+    def no_home(_):
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.setattr(compiler._SETTINGS, "CACHE_DIR", "")
+    monkeypatch.setattr(compiler.platformdirs, "user_cache_dir", no_home)
+    monkeypatch.setattr(compiler.tempfile, "gettempdir", lambda: str(tmp_path))
+    own = compiler.cache_folder().parent
+    assert own.parent == tmp_path
+    assert stat.S_IMODE(own.stat().st_mode) == 0o700
+    own.chmod(0o777)  # as another user would make it
+    assert str(compiler.cache_folder().parent) == os.devnull
+
+
+def test_numbas_own_setting_is_left_alone(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiler._SETTINGS, "CACHE_DIR", "somewhere else")
+    compiled(tmp_path)
+    assert compiler._SETTINGS.CACHE_DIR == "somewhere else"
