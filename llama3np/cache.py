@@ -41,10 +41,15 @@ class Cache:
     yet, or a trimmed past: they are finite, never seen, and overwritten.
 
     The dtype is that of the arithmetic, or beside float32 one of 16 bits (see kv_dtype): writing
-    rounds, and who reads k_BKSH and v_BKSH widens.
+    rounds, and who reads k_BKSH and v_BKSH widens. Raises InputError for arrays of several shapes
+    or dtypes.
     """
 
     def __init__(self, k: list[Any], v: list[Any], lengths_B: np.ndarray):
+        kinds = {(array.shape, str(array.dtype)) for array in (*k, *v)}
+        if len(k) != len(v) or len(kinds) != 1:
+            found = ", ".join(sorted(f"{dtype} {shape}" for shape, dtype in kinds))
+            raise InputError(f"cache: expected keys and values all of one kind, found {found}")
         self.k, self.v, self.lengths_B = k, v, lengths_B
 
     @property
@@ -91,6 +96,8 @@ class Cache:
         if new_B.shape != (B,) or (new_B < 0).any() or (new_B > T).any():
             raise InputError(f"cache: expected {B} counts from 0 to {T}, found {new_B.tolist()}")
         ends_B = self.lengths_B + new_B
+        if (self.lengths_B < 0).any():
+            raise InputError(f"cache: expected lengths from 0 on, found {self.lengths_B.tolist()}")
         if (ends_B > self.max_seq_len).any():
             b = int(ends_B.argmax())
             raise InputError(

@@ -17,7 +17,7 @@ from llama3np.chat import chat_ids
 from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.kernels import stored
-from llama3np.kernels.engine import make_engine
+from llama3np.kernels.engine import checked_threads, engine_class, make_engine
 from llama3np.numerics import profile
 from llama3np.params import Params, check, named
 from llama3np.sample import GREEDY, Sampling
@@ -85,7 +85,6 @@ class Llama:
         self.cache_dtype = cache_dtype(kv_dtype, self.profile.dtype)
         chunk = generation.CHUNK if prefill_chunk is None else prefill_chunk
         self.prefill_chunk = as_count("prefill_chunk", chunk, 1)
-        threads = None if threads is None else as_count("threads", threads, 1)
         self.engine = make_engine(engine, threads, self.params, config, self.profile)
 
     def __repr__(self) -> str:
@@ -362,7 +361,11 @@ def load(
 
     if device != "cpu":
         raise InputError(f"device: expected 'cpu', found {device!r}")
-    profile(dtype)
+    # What needs no file is looked at first: a large one takes its time.
+    cache_dtype(kv_dtype, profile(dtype).dtype)
+    engine_class(engine), checked_threads(threads)
+    if prefill_chunk is not None:
+        as_count("prefill_chunk", prefill_chunk, 1)
     checkpoint = load_checkpoint(resolve(path), progress, rope_factor)
     return Llama(
         checkpoint.config,

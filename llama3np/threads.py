@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -135,22 +136,35 @@ class _Map:
         self.finished = itertools.count(1)
         self.all_done = threading.Event()
         self.error: BaseException | None = None
+        self.working: set[int] = set()  # workers that have begun, and not ended
 
     def run(self, pool: Pool) -> None:
-        pool.run(self.work)
-        self.all_done.wait()
+        try:
+            pool.run(self.work)
+            self.all_done.wait()
+        except BaseException as error:  # Ctrl-C: helpers may be at work in the caller's memory
+            self.error = error  # so none begins another task, and the last one is waited for
+            while self.working:
+                time.sleep(0.001)
         if self.error is not None:
             raise self.error
 
     def work(self, worker: int) -> None:
-        while (i := next(self.next)) < self.count:
-            try:
-                if self.error is None:
-                    self.task(i, worker)
-            except BaseException as error:  # the caller raises it
-                self.error = error
-            if next(self.finished) == self.count:
-                self.all_done.set()
+        self.working.add(worker)
+        try:
+            while (i := next(self.next)) < self.count:
+                self.do(i, worker)
+        finally:
+            self.working.discard(worker)
+
+    def do(self, i: int, worker: int) -> None:
+        try:
+            if self.error is None:
+                self.task(i, worker)
+        except BaseException as error:  # the caller raises it
+            self.error = error
+        if next(self.finished) == self.count:
+            self.all_done.set()
 
 
 # ---- BLAS -------------------------------------------------------------------------------------
@@ -183,14 +197,23 @@ class _Blas:
                 self._libraries = found.lib_controllers
             self._before = [library.get_num_threads() for library in self._libraries]
             for library in self._libraries:
-                library.set_num_threads(1)
+                _set_threads(library, 1)
 
     def _leave(self) -> None:
         with self._lock:
             self._users -= 1
             if self._users == 0:
                 for library, threads in zip(self._libraries or [], self._before, strict=True):
-                    library.set_num_threads(threads)
+                    _set_threads(library, threads)
+
+
+def _set_threads(library: Any, threads: int) -> None:
+    """Set a BLAS library's threads, whichever thread asks.
+
+    From 3.8 on threadpoolctl's own method obeys the first thread that ever called it and ignores
+    the others without a word; here the lock and the count of users keep the order.
+    """
+    getattr(library, "_real_set_num_threads", library.set_num_threads)(threads)
 
 
 _BLAS = _Blas()

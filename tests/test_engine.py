@@ -1,8 +1,11 @@
 """The engines against the oracle: whole models, over threads, storage, ragged rows and splits."""
 
+import gc
 import os
 import threading
+import time
 import tracemalloc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
@@ -16,7 +19,7 @@ from strategies import STORED, models, padded, ragged_runs, runs, splits, token_
 
 import llama3np.params
 from llama3np import model as spec
-from llama3np.cache import new_cache
+from llama3np.cache import Cache, new_cache
 from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.kernels import Joined, ggml, stored
@@ -339,3 +342,102 @@ def test_without_numba_numpy_is_the_engine(monkeypatch):
     assert Llama(config, params).engine.name == "numpy"
     with pytest.raises(InputError, match="engine: numba cannot be imported"):
         Llama(config, params, engine="numba")
+
+
+def test_a_cache_of_several_kinds_is_refused():
+    """Compiled code is told one dtype and one size for all of its arrays."""
+    config = Config(8, 2, 2, 1, 4, 8, 9)
+    one, other = new_cache(config, 1, 8), new_cache(config, 1, 8, "float16")
+    longer = new_cache(config, 1, 16)
+    for k, v in ((one.k, other.v), (one.k, longer.v), (one.k, one.v[:1])):
+        with pytest.raises(InputError, match="cache: expected keys and values all of one kind"):
+            Cache(k, v, one.lengths_B)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_cache_of_views_is_written_where_it_lies(name):
+    config, ids = Config(8, 2, 2, 1, 4, 8, 9), [[1, 2], [3, 4]]
+    engine = make_engine(name, 2, llama3np.params.random(config, np.random.default_rng(0)), config,
+                         profile("float32"))  # fmt: skip
+    base, plain = new_cache(config, 2, 32), new_cache(config, 2, 16)
+    k, v = ([array[:, :, :16] for array in arrays] for arrays in (base.k, base.v))
+    found = engine.forward(ids, Cache(k, v, base.lengths_B))
+    assert_close(found, engine.forward(ids, plain), 32 * ULP32, "logits")
+    for array, expected in zip(base.k, plain.k, strict=True):
+        assert_close(array[:, :, :16], expected, 32 * ULP32, "keys")
+        assert not array[:, :, 16:].any()
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_weight_of_one_repeated_row_is_multiplied(name):
+    """Its rows lie on each other: no compiled kernel counts bytes from one to the next."""
+    config = Config(8, 1, 2, 1, 4, 8, 9, tied=False)
+    params = llama3np.params.random(config, np.random.default_rng(0))
+    row_D = np.random.default_rng(1).standard_normal(8, np.float32)
+    params = params._replace(head_VD=np.broadcast_to(row_D, (9, 8)))
+    whole = params._replace(head_VD=np.array(params.head_VD))
+    found, expected = (
+        make_engine(name, 2, p, config, profile("float32")).forward([[1]], new_cache(config, 1, 4))
+        for p in (params, whole)
+    )
+    assert_close(found, expected, 8 * ULP32, "logits")
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_bits_are_the_same_in_every_python_thread(name):
+    """BLAS computes on the thread that calls it, whichever asked for that first."""
+    params = params_of("bfloat16", WIDE, np.random.default_rng(2))
+    llm = Llama(WIDE, params, engine=name, threads=2, max_seq_len=700)
+    ids = np.random.default_rng(3).integers(0, WIDE.vocab_size, 600).tolist()
+    expected, found = llm.forward(ids), []
+    thread = threading.Thread(target=lambda: found.append(llm.forward(ids)))
+    thread.start()
+    thread.join()
+    assert_same(found[0], expected, "logits")
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_model_is_freed_when_nobody_has_it(name):
+    config = Config(8, 1, 2, 1, 4, 8, 9)
+    llm = Llama(config, llama3np.params.random(config, np.random.default_rng(0)), engine=name)
+    llm.generate([[1]], max_new_tokens=2)
+    engine = weakref.ref(llm.engine)
+    gc.disable()
+    try:
+        del llm
+        until = time.monotonic() + 20  # a helper may be about to finish its last job
+        while engine() is not None and time.monotonic() < until:
+            time.sleep(0.01)
+        assert engine() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("threads", [0, -1, 10**6, 1.5, True])
+def test_a_number_of_threads_that_cannot_be_is_refused_before_a_file_is_opened(threads):
+    with pytest.raises(InputError, match="threads: expected a whole number from 1 to"):
+        llama3np.load("nowhere", threads=threads)
+
+
+def test_a_step_that_is_broken_off_is_over_when_the_caller_goes_on():
+    """What helpers have begun is finished first: it is in the caller's own cache."""
+    llm = Llama(WIDE, llama3np.params.random(WIDE, np.random.default_rng(0)), engine="numba")
+    cache = llm.new_cache(1, 16)
+    expected = llm.forward([1], llm.new_cache(1, 16))
+    begun = []
+
+    def broken_off(job):
+        begun.append(threading.Thread(target=job, args=(1,)))
+        begun[0].start()
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm.engine.pool, "run", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            llm.forward([1], cache)
+    key = cache.k[-1].copy()
+    begun[0].join()
+    assert key.any()  # written in full
+    assert_same(cache.k[-1], key, "keys")
+    assert cache.lengths_B.tolist() == [0]
+    assert_same(llm.forward([1], cache), expected, "logits")

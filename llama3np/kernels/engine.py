@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from numbers import Integral
 from typing import Any
 
 import ml_dtypes
@@ -25,6 +28,15 @@ from llama3np.threads import Pool, available_cores, single_threaded_blas
 ENGINES = ("numpy", "numba")
 
 
+Multiply = Callable[[np.ndarray, Any], np.ndarray]  # (x_MD, w) -> x_MD @ w.T
+
+
+def linear(x_BTD: Any, w: Any, *, multiply: Multiply) -> Any:
+    """model.linear by another product."""
+    y_MO = multiply(x_BTD.reshape(-1, x_BTD.shape[-1]), w)
+    return y_MO.reshape(*x_BTD.shape[:-1], w.shape[0])
+
+
 class Engine:
     """NumPy alone: products by tiles of weight rows, attention by blocks of queries.
 
@@ -39,21 +51,20 @@ class Engine:
         self.params, self.config, self.profile, self.pool = params, config, profile, pool
         self.tapped = model.PLAIN._replace(
             rms_norm=partial(tokens.rms_norm, pool=pool),
-            linear=self.linear,
+            linear=partial(linear, multiply=self.multiplier()),
             rope=partial(tokens.rope, pool=pool),
             swiglu=partial(tokens.swiglu, pool=pool),
         )
         self.ops = self.tapped._replace(attention=partial(attention, pool=pool))
 
-    def linear(self, x_BTD: Any, w: Any) -> Any:
-        """model.linear over the pool."""
-        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-        y_MO = self.product(x_MD, w)
-        return y_MO.reshape(*x_BTD.shape[:-1], w.shape[0])
+    def multiplier(self) -> Multiply:
+        """What computes x_MD @ w.T by the profile. It does not hold on to the engine.
 
-    def product(self, x_MD: np.ndarray, w: Any) -> np.ndarray:
-        """x_MD @ w.T, by the profile."""
-        return product(round_bf16(x_MD) if self.profile.rounded else x_MD, w, self.pool, self.widen)
+        An engine that held operations that held it would not be freed, weights and all, before
+        the next garbage collection.
+        """
+        rounded, pool, widen = self.profile.rounded, self.pool, self.widen
+        return lambda x_MD, w: product(round_bf16(x_MD) if rounded else x_MD, w, pool, widen)
 
     def forward(
         self, ids_BT: Any, cache: Cache, new_B: Any = None, tap: Any = None, last_only: bool = True
@@ -81,25 +92,39 @@ def make_engine(
 ) -> Engine:
     """The engine of a name: "numpy", "numba", or None for numba where it can be imported.
 
-    threads: None for as many as there are physical cores. Raises InputError for another name, and
-    for "numba" where it is not installed.
+    threads: None for as many as there are physical cores. Raises InputError as engine_class and
+    checked_threads do, and for weights that the profile cannot take.
     """
-    if name not in (None, *ENGINES):
-        raise InputError(f"engine: expected one of {', '.join(ENGINES)}, found {name!r}")
+    kind, threads = engine_class(name), checked_threads(threads)
     if profile.rounded:
         refuse_unrounded(params, config, profile)
-    pool = Pool(available_cores() if threads is None else threads)
-    if name == "numba" or (name is None and find_spec("numba") is not None):
-        try:
-            from llama3np.kernels.cpu.engine import CompiledEngine
+    return kind(params, config, profile, Pool(available_cores() if threads is None else threads))
 
-            return CompiledEngine(params, config, profile, pool)
-        except ImportError as error:
-            said = f"engine: numba cannot be imported ({error})"
-            if name == "numba":
-                raise InputError(f'{said}; pip install "llama3np[fast]"') from None
-            logging.getLogger("llama3np").warning("llama3np: %s; NumPy computes alone", said)
-    return Engine(params, config, profile, pool)
+
+def engine_class(name: str | None) -> type[Engine]:
+    """Look an engine up; raise InputError for an unknown name, and for numba where it is not."""
+    if name not in (None, *ENGINES):
+        raise InputError(f"engine: expected one of {', '.join(ENGINES)}, found {name!r}")
+    if name == "numpy" or (name is None and find_spec("numba") is None):
+        return Engine
+    try:
+        from llama3np.kernels.cpu.engine import CompiledEngine
+    except ImportError as error:
+        said = f"engine: numba cannot be imported ({error})"
+        if name == "numba":
+            raise InputError(f'{said}; pip install "llama3np[fast]"') from None
+        logging.getLogger("llama3np").warning("llama3np: %s; NumPy computes alone", said)
+        return Engine
+    return CompiledEngine
+
+
+def checked_threads(threads: int | None) -> int | None:
+    """The number as it is; raise InputError for one below 1 or far above what is of use."""
+    most = max(64, 4 * (os.cpu_count() or 1))
+    whole = isinstance(threads, Integral) and not isinstance(threads, bool)
+    if threads is not None and not (whole and 1 <= threads <= most):
+        raise InputError(f"threads: expected a whole number from 1 to {most}, found {threads!r}")
+    return threads
 
 
 def refuse_unrounded(params: Params, config: Config, profile: Profile) -> None:

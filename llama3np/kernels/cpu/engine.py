@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numba
 import numpy as np
 
 from llama3np.backend import host_ids
@@ -15,14 +16,12 @@ from llama3np.kernels import tokens
 from llama3np.kernels.attention import attention
 from llama3np.kernels.cpu import gemm, gemm_bf16
 from llama3np.kernels.cpu import tokens as compiled
-from llama3np.kernels.cpu.compiler import announce
 from llama3np.kernels.cpu.dots import widen_rows as compiled_widen
-from llama3np.kernels.cpu.layout import described, parts_of
+from llama3np.kernels.cpu.layout import PLAIN, described, parts_of
 from llama3np.kernels.cpu.shared import address, new_counters
 from llama3np.kernels.cpu.softmax import soften
 from llama3np.kernels.cpu.step import PHASES, SPLIT, STEP, own_floats, run
-from llama3np.kernels.engine import Engine
-from llama3np.kernels.ggml import FORMATS
+from llama3np.kernels.engine import Engine, Multiply
 from llama3np.kernels.product import widen_rows
 from llama3np.kernels.rounded import round_bf16
 from llama3np.model import rope_tables
@@ -32,8 +31,6 @@ from llama3np.threads import Pool
 
 MOST_TOKENS = 8  # of one step; more are faster as products of many rows
 
-_CODES = {form.dtype: form.number for form in FORMATS.values() if form.dtype is not None}
-
 
 class CompiledEngine(Engine):
     """Calls of few tokens, as in decoding, are one compiled step; others go by the ops."""
@@ -42,13 +39,10 @@ class CompiledEngine(Engine):
 
     def __init__(self, params: Params, config: Config, profile: Profile, pool: Pool):
         super().__init__(params, config, profile, pool)
-        announce()
         self.model: Any = described(params, config, profile, pool.threads)
         self._spare: list[Room] = []  # room of finished steps, for the next one of its shape
         self._angles = Angles(config)
 
-        self._has_bf16 = gemm_bf16.supported()
-        self._has_avx512 = profile.dtype == "float32" and gemm.supported()
         if profile.dtype == "float32":
             self.ops = self.ops._replace(
                 rms_norm=partial(tokens.rms_norm, pool=pool, op=compiled.rms_norm),
@@ -69,21 +63,29 @@ class CompiledEngine(Engine):
         first = address(stored) + start * row_bytes
         compiled_widen(code, first, row_bytes, stop - start, w.shape[1], address(out))
 
-    def product(self, x_MD: np.ndarray, w: Any) -> np.ndarray:
-        """x_MD @ w.T, by the profile."""
-        if self.profile.rounded and self._has_bf16 and isinstance(w.stored, np.ndarray):
-            return gemm_bf16.products(x_MD, [w.stored], self.pool)[0]
-        if self._has_avx512 and len(x_MD) >= gemm.FEWEST and gemm.takes(w):
-            x_MD = round_bf16(x_MD) if self.profile.rounded else x_MD
-            return gemm.products(x_MD, [w], self.pool)[0]
-        return super().product(x_MD, w)
+    def multiplier(self) -> Multiply:
+        """What computes x_MD @ w.T by the profile: our own kernels where the processor has them."""
+        rounded, pool, blas = self.profile.rounded, self.pool, super().multiplier()
+        has_bf16 = rounded and gemm_bf16.supported()
+        has_avx512 = self.profile.dtype == "float32" and gemm.supported()
+
+        def multiply(x_MD: np.ndarray, w: Any) -> np.ndarray:
+            if has_bf16 and isinstance(w.stored, np.ndarray):
+                return gemm_bf16.products(x_MD, [w.stored], pool)[0]
+            if has_avx512 and len(x_MD) >= gemm.FEWEST and gemm.takes(w):
+                return gemm.products(round_bf16(x_MD) if rounded else x_MD, [w], pool)[0]
+            return blas(x_MD, w)
+
+        return multiply
 
     def forward(
         self, ids_BT: Any, cache: Cache, new_B: Any = None, tap: Any = None, last_only: bool = True
     ) -> np.ndarray:
         """model.forward of this model: logits_BTV."""
         tokens = np.size(ids_BT) if new_B is None else int(np.sum(new_B))
-        if tap is not None or not 1 <= tokens <= MOST_TOKENS or self.model is None:
+        few = 1 <= tokens <= MOST_TOKENS and tap is None and self.model is not None
+        # Compiled code is given addresses alone: of views it would read and write something else.
+        if not few or not all(array.flags.carray for array in (*cache.k, *cache.v)):
             return super().forward(ids_BT, cache, new_B, tap, last_only)
         ids_BT = host_ids(ids_BT, self.config.vocab_size)
         cache.check(self.config, self.profile.dtype)
@@ -112,7 +114,12 @@ class CompiledEngine(Engine):
         a["cos_MP"][...], a["sin_MP"][...] = self._angles.at(window.slots_M)
         a["rows_M"][...], a["slots_M"][...], a["wanted_W"][...] = rows_M, window.slots_M, wanted_W
         a["cache_L2"][...] = [*zip(map(address, cache.k), map(address, cache.v), strict=True)]
-        self.pool.run(room.job(self))
+        job = room.job(self, cache)
+        try:
+            self.pool.run(job)
+        except BaseException:  # Ctrl-C: helpers may have begun, in memory that is the caller's
+            job(0)
+            raise
         cache.advance(window)
         logits_BTV = np.zeros((B, 1 if last_only else T, V), np.float32)
         logits_BTV[rows_M[wanted_W], 0 if last_only else columns_M] = a["logits_WV"]
@@ -157,22 +164,26 @@ class Room:
             self.record[name] = address(array)
         numbers = {
             **{"tokens": M, "wanted": W, "workers": workers, "stretches": X},
-            **{"cache_slots": slots, "cache_code": _CODES[stored], "cache_item": stored.itemsize},
+            **{"cache_slots": slots, "cache_code": PLAIN[stored], "cache_item": stored.itemsize},
             **{"own_bytes": 4 * own, "x_bytes": 4 * x, "y_bytes": 4 * y, "y_stride": 4 * stride},
         }
         for name, number in numbers.items():
             self.record[name] = number
 
-    def job(self, engine: CompiledEngine) -> Callable[[int], None]:
-        """A step as Pool.run takes it.
+    def job(self, engine: CompiledEngine, cache: Cache) -> Callable[[int], None]:
+        """A step as Pool.run takes it, compiled before any thread can begin with it.
 
         Its counters are new: a thread that comes late to the step before finds the old ones, all
-        done. For that thread's sake the job holds on to all that it may look at, weights included.
+        done. For that thread's sake the job holds on to all that it may look at: weights, room and
+        cache.
         """
         counters_PC = new_counters(self.phases, engine.pool.threads)
         record = self.record.copy()
         record["counters_PC"] = address(counters_PC)
-        return partial(_share, (engine, self, counters_PC), engine.model.record, record)
+        if not run.signatures:
+            run.compile(tuple(map(numba.typeof, (0, engine.model.record, record))))
+        kept = engine, self, counters_PC, *cache.k, *cache.v
+        return partial(_share, kept, engine.model.record, record)
 
 
 def _share(kept: Any, model: np.ndarray, step: np.ndarray, worker: int) -> None:
@@ -191,14 +202,14 @@ class Angles:
 
     def __init__(self, config: Config):
         self.config = config
-        self.cos_SP = self.sin_SP = np.empty((0, config.head_dim // 2), np.float32)
+        nothing_0P = np.empty((0, config.head_dim // 2), np.float32)
+        self.tables = nothing_0P, nothing_0P  # one attribute: other threads see both or neither
 
     def at(self, positions_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """cos_MP and sin_MP."""
-        cos_SP, sin_SP = self.cos_SP, self.sin_SP  # once: another thread may put larger ones there
+        cos_SP, sin_SP = self.tables
         if positions_M.max() >= len(cos_SP):
             size = 2 * int(positions_M.max()) + 256
             tables = rope_tables(self.config, np.arange(size)[None], "float32")
-            cos_SP, sin_SP = (table_1SP[0] for table_1SP in tables)
-            self.sin_SP, self.cos_SP = sin_SP, cos_SP
+            cos_SP, sin_SP = self.tables = tables[0][0], tables[1][0]
         return cos_SP[positions_M], sin_SP[positions_M]

@@ -20,7 +20,7 @@ from llama3np.params import Params
 # each has UNITS in a phase, end together.
 UNIT_BYTES, UNITS = 256 << 10, 16
 
-_PLAIN = {form.dtype: form.number for form in FORMATS.values() if form.dtype is not None}
+PLAIN = {form.dtype: form.number for form in FORMATS.values() if form.dtype is not None}
 _WEIGHTS = {form.number: form.weights for form in FORMATS.values()}
 _MATRICES = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 
@@ -81,13 +81,17 @@ def stacked(params: Params, name: str) -> np.ndarray:
 
 
 def parts_of(w: Any) -> tuple[int, tuple[np.ndarray, ...], int] | None:
-    """(ggml's number of the format, the arrays, the axis along which they are joined)."""
-    if isinstance(w, Half):
-        w = w.stored
-    if isinstance(w, Blocks):
-        return FORMATS[w.type].number, (w.stored,), 0
-    arrays, axis = (w.parts, w.axis) if isinstance(w, Joined) else ((w,), 0)
-    whole_rows = all(a.strides[1] == a.itemsize and a.strides == arrays[0].strides for a in arrays)
-    if w.dtype not in _PLAIN or not whole_rows:
+    """(ggml's number of the format, the arrays, the axis along which they are joined).
+
+    None for what compiled code cannot read: rows that overlap or run backwards, or have gaps.
+    """
+    w = w.stored if isinstance(w, Half) else w
+    stored = w.stored if isinstance(w, Blocks) else w
+    arrays, axis = (w.parts, w.axis) if isinstance(w, Joined) else ((stored,), 0)
+    first = arrays[0]
+    whole_rows = first.strides[1] == first.itemsize
+    apart = first.strides[0] >= first.shape[1] * first.itemsize
+    if not (whole_rows and apart) or any(array.strides != first.strides for array in arrays):
         return None
-    return _PLAIN[w.dtype], arrays, axis
+    code = FORMATS[w.type].number if isinstance(w, Blocks) else PLAIN.get(w.dtype)
+    return None if code is None else (code, arrays, axis)
