@@ -56,6 +56,8 @@ def plan(
     context: as many as the prompt has, if None. Raises InputError, naming the option, for a number
     below 1 and for more than fit.
     """
+    if room < 3:
+        raise InputError(f"bench: expected a context of at least 3 tokens, found {room}")
     # One place stays free: the last new token is chosen, but not fed.
     new = min(NEW_TOKENS, max(1, room // 4)) if new_tokens is None else new_tokens
     prompt = min(PROMPT_TOKENS, room - 1) if prompt_tokens is None else prompt_tokens

@@ -37,6 +37,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Look whether all is there, measure, print."""
     python = args.peer_python or sys.executable
+    if args.peer_python and not args.vs:
+        raise InputError("--peer-python: expected --vs with it")
     version = ""
     if args.vs:
         if args.batch != 1:
