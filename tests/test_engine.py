@@ -370,7 +370,7 @@ def test_a_cache_of_views_is_written_where_it_lies(name):
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_weight_of_one_repeated_row_is_multiplied(name):
-    """Its rows lie on each other: no compiled kernel counts bytes from one to the next."""
+    """Its rows lie on each other, as those of np.broadcast_to do."""
     config = Config(8, 1, 2, 1, 4, 8, 9, tied=False)
     params = llama3np.params.random(config, np.random.default_rng(0))
     row_D = np.random.default_rng(1).standard_normal(8, np.float32)
