@@ -37,14 +37,12 @@ from llama3np.kernels.cpu.panels import (
     transpose,
 )
 from llama3np.kernels.cpu.shared import address
-from llama3np.kernels.ggml import FORMATS
+from llama3np.kernels.ggml import FORMATS, NAMES
 from llama3np.threads import Pool
 
 # Rows of x from which on this is faster than BLAS on widened tiles, though a panel has 32. A single
 # one is the product of a matrix and a vector, before which BLAS lays nothing out.
 FEWEST = 2
-
-_FORMATS = {form.number: form for form in FORMATS.values()}
 
 
 def supported() -> bool:
@@ -94,7 +92,7 @@ def _operands(w: Any, K: int, y_MO: np.ndarray) -> list[Operand]:
 
 
 def _operand(code: int, stored: np.ndarray, K: int, y_MO: np.ndarray) -> Operand:
-    form, row_bytes = _FORMATS[code], stored.strides[0]
+    form, row_bytes = FORMATS[NAMES[code]], stored.strides[0]
 
     def fill(sums: np.ndarray, o: int, rows: int, x: int, panels: int) -> None:
         w = address(stored) + o * row_bytes
