@@ -43,7 +43,6 @@ from llama3np.kernels.cpu.tokens import gate_row, norm_row, round_row
 
 PHASES = 5  # of a layer; the logits are one more
 TILE = 4  # rows that are widened and multiplied together when there are several tokens
-SPARE = SCRATCH  # floats that attention needs of a worker's own room
 
 # ---- what a step is told: sizes, and addresses of arrays without gaps ----------------------------
 
@@ -320,7 +319,7 @@ def own_floats(model: np.void, matrices: np.ndarray, tokens: int) -> tuple[int, 
     x is the longest of what is multiplied; attention, which comes before it, uses the same room.
     y is two units of rows, or a head. After it come TILE widened rows, and one put together.
     """
-    x = tokens * max(int(model["dim"]), int(model["n_heads"] * model["head_dim"]), SPARE)
+    x = max(tokens * max(int(model["dim"]), int(model["n_heads"] * model["head_dim"])), SCRATCH)
     stride = 2 * max(int(matrices["unit"].max()), int(model["head_dim"]))
     rows = (TILE + 1) * int(matrices["n_in"].max())
     x, stride, rows = (-(-size // 16) * 16 for size in (x, stride, rows))  # whole cache lines
