@@ -26,7 +26,7 @@ from llama3np.kernels import ggml
 # of quotients would then be estimates, and have other bits than a quotient alone.
 FAST = {"reassoc", "contract", "nsz"}
 
-_SETTINGS: Any = numba.core.config  # numba's, of the whole process
+_SETTINGS = numba.core.config  # numba's, of the whole process
 _LOG = logging.getLogger("llama3np")
 
 

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numba import types
+from numba.extending import intrinsic
 
 from llama3np.kernels.cpu import ir
 from llama3np.kernels.cpu.compiler import jit
-from llama3np.kernels.cpu.ir import Builder, V, Value, const, f32, i32, intrinsic, vector
+from llama3np.kernels.cpu.ir import Builder, V, Value, const, f32, i32, vector
 from llama3np.kernels.cpu.shared import address, aligned
 from llama3np.threads import Pool
 
