@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import stat
+import sys
 import time
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def compiled(tmp_path):
         source.write_text("def double(x):\n    return 2 * x\n", encoding="utf-8")
     spec = importlib.util.spec_from_file_location("doubling", source)
     module = importlib.util.module_from_spec(spec)
+    sys.modules["doubling"] = module  # numba looks there for what it read from a file
     spec.loader.exec_module(module)
     return compiler.jit(module.double)
 
