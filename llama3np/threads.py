@@ -72,6 +72,10 @@ class Pool:
         self._lock = threading.Lock()
         self._process = 0  # whose threads these are: a fork has none of them
 
+    def __reduce__(self) -> Any:
+        """A copy has as many threads, but its own."""
+        return Pool, (self.threads,)
+
     def run(self, job: Callable[[int], Any]) -> None:
         """Call job(0) here and job(1), ..., job(threads - 1) elsewhere, as soon as they can.
 
