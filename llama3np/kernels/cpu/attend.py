@@ -439,5 +439,5 @@ def _copy(typingctx, x, address, H, code):
 
 @jit
 def store_row(x, address, H, kv_code):
-    """Write H float32 at x into the cache at an address, in its format, as NumPy's cast does."""
+    """Write H float32 at x to an address, in a format of the cache, as NumPy's cast does."""
     _copy(x, address, H, kv_code)
