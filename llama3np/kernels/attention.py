@@ -77,7 +77,7 @@ def attention(
         if B * T == 1 and positions_BT[0, 0] == S - 1:
             return _one_token(q_BTNH, k_BKSH, v_BKSH)
         return model.attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, see)
-    G, settings = N // K, np.geterr()  # which a worker's thread does not inherit
+    G = N // K
     q_BTKGH, attn_BTKGH = q_BTNH.reshape(B, T, K, G, H), np.empty((B, T, K, G, H), q_BTNH.dtype)
     counts_BT = np.minimum(positions_BT + 1, S)
     tasks = _tasks(counts_BT, K, max(1, ROWS // G))
@@ -87,10 +87,9 @@ def attention(
         b, k, block = tasks[i]
         scratch = scratches[worker] = scratches[worker] or _Scratch(q_BTNH.dtype)
         queries = q_BTKGH[b, block, k]
-        with np.errstate(**settings):
-            attn_BTKGH[b, block, k] = _attend(
-                queries, k_BKSH[b, k], v_BKSH[b, k], counts_BT[b, block], scratch, soften
-            )
+        attn_BTKGH[b, block, k] = _attend(
+            queries, k_BKSH[b, k], v_BKSH[b, k], counts_BT[b, block], scratch, soften
+        )
 
     pool.map(work, len(tasks))
     return attn_BTKGH.reshape(B, T, N, H)

@@ -48,6 +48,10 @@ class Engine:
         )
         self.ops = self.tapped._replace(attention=partial(attention, pool=pool))
 
+    def __reduce__(self) -> Any:
+        """A copy is made anew from copies of the weights: what is compiled holds addresses."""
+        return type(self), (self.params, self.config, self.profile, self.pool)
+
     def products(self) -> Products:
         """What computes x_MD @ w.T by the profile. It does not hold on to the engine.
 

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 from llvmlite import ir as llvm
 from numba import types
+from numba.extending import intrinsic
 
 from llama3np.kernels.cpu import ir
 from llama3np.kernels.cpu.blocks import BLOCKS, Block, Prepare
 from llama3np.kernels.cpu.compiler import jit
-from llama3np.kernels.cpu.ir import Builder, V, Value, const, f32, i16, intrinsic, vector
+from llama3np.kernels.cpu.ir import Builder, V, Value, const, f32, i16, vector
 from llama3np.kernels.cpu.shared import floats
 from llama3np.kernels.ggml import FORMATS
 

@@ -37,13 +37,11 @@ from llama3np.kernels.cpu.panels import (
     transpose,
 )
 from llama3np.kernels.cpu.shared import address
-from llama3np.kernels.ggml import FORMATS
+from llama3np.kernels.ggml import FORMATS, NAMES
 from llama3np.threads import Pool
 
 # Rows of x from which on this is faster than others, though a panel has 32; see gemv.py for one.
 FEWEST = 2
-
-_FORMATS = {form.number: form for form in FORMATS.values()}
 
 
 def supported() -> bool:
@@ -103,7 +101,7 @@ def _parts(w: Any, y_MO: np.ndarray, K: int) -> list[Part]:
 
 
 def _operand(code: int, stored: np.ndarray, y_MO: np.ndarray, K: int) -> Operand:
-    form, row_bytes = _FORMATS[code], stored.strides[0]
+    form, row_bytes = FORMATS[NAMES[code]], stored.strides[0]
 
     def fill(sums: np.ndarray, o: int, rows: int, x: int, panels: int) -> None:
         w = address(stored) + o * row_bytes

@@ -13,8 +13,7 @@ import numpy as np
 
 from llama3np.kernels.cpu.dots import dot_rows
 from llama3np.kernels.cpu.gemm import parts_of_all
-from llama3np.kernels.cpu.panels import aligned
-from llama3np.kernels.cpu.shared import address
+from llama3np.kernels.cpu.shared import address, aligned
 from llama3np.threads import Pool
 
 CHUNK = 2**19  # weights that a thread takes at a time
@@ -22,7 +21,7 @@ CHUNK = 2**19  # weights that a thread takes at a time
 
 def products(x_1K: np.ndarray, weights: Sequence[Any], pool: Pool) -> list[np.ndarray]:
     """The product of x with each weight, as gemm.products."""
-    K, x_K = x_1K.shape[1], aligned(x_1K.size).view(np.float32)
+    K, x_K = x_1K.shape[1], aligned(x_1K.size)
     x_K[:] = x_1K[0]
     y = [np.empty((1, w.shape[0]), np.float32) for w in weights]
     step = max(1, CHUNK // K)

@@ -10,7 +10,7 @@ from llama3np.config import Config
 from llama3np.kernels.blocks import Blocks
 from llama3np.kernels.cpu.shared import address
 from llama3np.kernels.cpu.step import MATRIX, MODEL, TILE
-from llama3np.kernels.ggml import FORMATS
+from llama3np.kernels.ggml import FORMATS, NAMES
 from llama3np.kernels.half import Half
 from llama3np.kernels.joined import Joined
 from llama3np.numerics import Profile
@@ -21,7 +21,6 @@ from llama3np.params import Params
 UNIT_BYTES, UNITS = 256 << 10, 16
 
 PLAIN = {form.dtype: form.number for form in FORMATS.values() if form.dtype is not None}
-_WEIGHTS = {form.number: form.weights for form in FORMATS.values()}
 _MATRICES = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 
 
@@ -46,7 +45,7 @@ def described(params: Params, config: Config, profile: Profile, threads: int) ->
             return None
         code, arrays, axis = found
         matrix["code"], (matrix["n_out"], matrix["n_in"]) = code, w.shape
-        matrix["weights"] = _WEIGHTS[code]
+        matrix["weights"] = FORMATS[NAMES[code]].weights
         matrix["row_bytes"], matrix["part_bytes"] = arrays[0].strides[0], arrays[0][0].nbytes
         matrix["parts"], matrix["axis"], matrix["first_part"] = len(arrays), axis, len(parts)
         matrix["unit"] = _unit(w.nbytes // w.shape[0], w.shape[0], threads)
