@@ -193,16 +193,6 @@ def finish_unit(counters):
 
 
 @jit
-def each_unit(counters, worker, workers, units):
-    """The units of a phase for this worker, one after the other; each is done when it returns."""
-    unit = take_unit(counters, worker, workers, units)
-    while unit < units:
-        yield unit
-        finish_unit(counters)
-        unit = take_unit(counters, worker, workers, units)
-
-
-@jit
 def all_done(counters, units):
     """Whether every unit of a phase is done, and all that was written for them can be seen."""
     return look(counters) == units

@@ -30,10 +30,11 @@ from llama3np.kernels.cpu.dots import row_dot, widen_row
 from llama3np.kernels.cpu.shared import (
     all_done,
     copy_bytes,
-    each_unit,
+    finish_unit,
     floats,
     integers,
     records,
+    take_unit,
     ticks,
     wait_for,
 )
@@ -140,8 +141,11 @@ def _heads(worker, model, step, layer, phase):
     counters, units = _counters(step, phase), model.n_heads + 2 * model.n_kv_heads
     if not all_done(counters, units):
         _norm(worker, model, step, model.attn_norm_LD + 4 * model.dim * layer)
-        for unit in each_unit(counters, worker, step.workers, units):
+        unit = take_unit(counters, worker, step.workers, units)
+        while unit < units:
             _head(worker, model, step, layer, unit)
+            finish_unit(counters)
+            unit = take_unit(counters, worker, step.workers, units)
     _end(worker, step, phase, units)
 
 
@@ -178,8 +182,11 @@ def _row_in_cache(model, step, m, head):
 def _attention(worker, model, step, layer, phase):
     K, X = model.n_kv_heads, step.stretches
     counters, units = _counters(step, phase), step.tokens * K * X
-    for unit in each_unit(counters, worker, step.workers, units):
+    unit = take_unit(counters, worker, step.workers, units)
+    while unit < units:
         _stretch(worker, model, step, layer, unit // (K * X), unit // X % K, unit % X)
+        finish_unit(counters)
+        unit = take_unit(counters, worker, step.workers, units)
     _end(worker, step, phase, units)
 
 
@@ -234,8 +241,11 @@ def _gated(worker, model, step, layer, phase):
     units = _units(w)
     if not all_done(counters, units):
         _norm(worker, model, step, model.mlp_norm_LD + 4 * model.dim * layer)
-        for unit in each_unit(counters, worker, step.workers, units):
+        unit = take_unit(counters, worker, step.workers, units)
+        while unit < units:
             _gate_up(worker, model, step, layer, unit)
+            finish_unit(counters)
+            unit = take_unit(counters, worker, step.workers, units)
     _end(worker, step, phase, units)
 
 
@@ -267,7 +277,8 @@ def _down(worker, model, step, layer, phase):
 def _add_product(worker, model, step, w, counters, units, x):
     """The residual: h += w x, unit by unit."""
     y = _products(worker, step)
-    for unit in each_unit(counters, worker, step.workers, units):
+    unit = take_unit(counters, worker, step.workers, units)
+    while unit < units:
         first, count = _rows(w, unit)
         _multiply(worker, model, step, w, first, count, x, step.tokens, y)
         for m in range(step.tokens):
@@ -275,6 +286,8 @@ def _add_product(worker, model, step, w, counters, units, x):
             y_C = floats(y + step.y_stride * m, count)
             for i in range(count):
                 h_C[i] += y_C[i]
+        finish_unit(counters)
+        unit = take_unit(counters, worker, step.workers, units)
 
 
 @jit
@@ -285,12 +298,15 @@ def _logits(worker, model, step, phase):
         for i in range(step.wanted):
             h = step.h_MD + 4 * model.dim * integers(step.wanted_W, step.wanted)[i]
             _norm_one(model, h, model.norm_D, x + 4 * model.dim * i)
-        for unit in each_unit(counters, worker, step.workers, units):
+        unit = take_unit(counters, worker, step.workers, units)
+        while unit < units:
             first, count = _rows(w, unit)
             _multiply(worker, model, step, w, first, count, x, step.wanted, y)
             for i in range(step.wanted):
                 row = step.logits_WV + 4 * (model.vocab_size * i + first)
                 copy_bytes(y + step.y_stride * i, row, 4 * count)
+            finish_unit(counters)
+            unit = take_unit(counters, worker, step.workers, units)
     _end(worker, step, phase, units)
 
 
