@@ -60,6 +60,9 @@ def _quota() -> int:
 # ---- the pool ---------------------------------------------------------------------------------
 
 
+_STARTING = threading.Lock()  # held by who starts the threads of a pool
+
+
 class Pool:
     """Threads that help with a job: the caller works too, and waits for nobody who has not begun.
 
@@ -69,7 +72,6 @@ class Pool:
     def __init__(self, threads: int):
         self.threads = threads
         self._queues: list[Queue] = []
-        self._lock = threading.Lock()
         self._process = 0  # whose threads these are: a fork has none of them
 
     def __reduce__(self) -> Any:
@@ -103,7 +105,7 @@ class Pool:
 
     def _helpers(self) -> list[Queue]:
         if self._process != os.getpid():
-            with self._lock:
+            with _STARTING:
                 if self._process != os.getpid():
                     self._start()
         return self._queues
@@ -185,7 +187,7 @@ class _Blas:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._users = 0
+        self.users = 0
         self._libraries: list[Any] | None = None
         self._before: list[int] = []
 
@@ -199,8 +201,8 @@ class _Blas:
 
     def _enter(self) -> None:
         with self._lock:
-            self._users += 1
-            if self._users > 1:
+            self.users += 1
+            if self.users > 1:
                 return
             if self._libraries is None:  # a search of all loaded libraries: milliseconds
                 found = ThreadpoolController().select(user_api="blas")
@@ -211,10 +213,14 @@ class _Blas:
 
     def _leave(self) -> None:
         with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                for library, threads in zip(self._libraries or [], self._before, strict=True):
-                    _set_threads(library, threads)
+            self.users -= 1
+            if self.users == 0:
+                self.restore()
+
+    def restore(self) -> None:
+        """Give BLAS the threads that it had, if that was noted yet."""
+        for library, threads in zip(self._libraries or [], self._before, strict=False):
+            _set_threads(library, threads)
 
 
 def _set_threads(library: Any, threads: int) -> None:
@@ -227,6 +233,18 @@ def _set_threads(library: Any, threads: int) -> None:
 
 
 _BLAS = _Blas()
+
+
+def _after_fork() -> None:
+    """In a child there is the one thread that forked: nobody holds a lock, or needs BLAS single."""
+    global _BLAS, _STARTING
+    held, _BLAS, _STARTING = _BLAS, _Blas(), threading.Lock()
+    if held.users:
+        held.restore()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def single_threaded_blas() -> Any:

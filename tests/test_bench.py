@@ -387,6 +387,7 @@ REPORT = {
     "read_limit_gb_s": 45.06, "sgemm_gflop_s": 402.4, "time_to_first_token_s": 2.87,
     "first_pass_s": 3.1, "memory": {"peak_anon": 10**9, "peak_resident": 3_100_000_000},
     "other_processes_cores": 0.034,
+    "environment": {"OPENBLAS_CORETYPE": "Haswell"},
     "prefill": {"tokens": 512, "tokens_per_s": 178.24, "tokens_per_s_range": [170.0, 181.0],
                 "share_of_limit": 0.912, "share_of_limit_range": [0.9, 0.93]},
     "decode": {"tokens": 64, "tokens_per_s": 17.06, "tokens_per_s_range": [16.0, 17.5],

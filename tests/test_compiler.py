@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import shutil
 import stat
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -147,3 +149,36 @@ def test_numbas_own_setting_is_left_alone(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(compiler._SETTINGS, "CACHE_DIR", "somewhere else")
     compiled(tmp_path)
     assert compiler._SETTINGS.CACHE_DIR == "somewhere else"
+
+
+STEP = """
+import sys
+import numpy as np
+from llama3np.config import Config
+from llama3np.llm import Llama
+from llama3np.params import random
+config = Config(16, 1, 2, 1, 8, 16, 9)
+llm = Llama(config, random(config, np.random.default_rng(0)), engine="numba", threads=2)
+cache = llm.new_cache(1, 8)
+for ids in ([1, 2, 3], [4]):
+    sys.stdout.buffer.write(llm.engine.forward([ids], cache).tobytes())
+"""
+
+
+def step_of_another_process(folder):
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-c", STEP], capture_output=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout
+
+
+def test_any_part_of_the_kept_kernels_will_do(tmp_path):
+    """As a process leaves them that was stopped while it compiled, or has not ended yet."""
+    expected = step_of_another_process(compiler.CACHE.parent)
+    copy = shutil.copytree(compiler.CACHE, tmp_path / compiler.CACHE.name)
+    for name in ("run", "_heads", "_head"):
+        (file,) = copy.rglob(f"step.{name}-*.nbi")
+        file.unlink()
+    assert step_of_another_process(tmp_path) == expected

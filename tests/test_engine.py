@@ -4,6 +4,7 @@ import copy
 import gc
 import os
 import pickle
+import sys
 import threading
 import time
 import tracemalloc
@@ -26,7 +27,7 @@ from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.kernels import Joined, ggml, stored
 from llama3np.kernels.blocks import Blocks
-from llama3np.kernels.engine import ENGINES, make_engine
+from llama3np.kernels.engine import ENGINES, engine_class, make_engine
 from llama3np.kernels.ggml import FORMATS
 from llama3np.llm import Llama
 from llama3np.load.files import map_file, view
@@ -339,12 +340,21 @@ def test_an_unknown_engine_is_refused(tmp_path):
 
 
 def test_without_numba_numpy_is_the_engine(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "llama3np.kernels.cpu.engine", None)
+    monkeypatch.setitem(sys.modules, "llama3np.kernels.cpu.engine", None)
     config = Config(8, 1, 2, 1, 4, 8, 9)
     params = llama3np.params.random(config, np.random.default_rng(0))
     assert Llama(config, params).engine.name == "numpy"
     with pytest.raises(InputError, match="engine: numba cannot be imported"):
         Llama(config, params, engine="numba")
+
+
+def test_numba_told_to_interpret_is_no_engine(monkeypatch):
+    monkeypatch.setattr("numba.core.config.DISABLE_JIT", 1)
+    for name in [*sys.modules]:
+        if name.startswith("llama3np.kernels.cpu"):
+            monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(InputError, match="NUMBA_DISABLE_JIT is set"):
+        engine_class("numba")
 
 
 def test_a_cache_of_several_kinds_is_refused():

@@ -16,6 +16,7 @@ from llama3np.config import Config
 from llama3np.kernels import Blocks, Half, Joined
 from llama3np.kernels.cpu import gemm, gemv
 from llama3np.kernels.cpu.gemm import products, takes
+from llama3np.kernels.cpu.panels import PIECE
 from llama3np.kernels.engine import make_engine
 from llama3np.kernels.ggml import FORMATS, decode
 from llama3np.numerics import profile
@@ -84,12 +85,15 @@ def normal(seed, *shape):
 
 
 def assert_near_exact(y_MO, x_MK, wide_OK):
-    """Higham, Accuracy and Stability, 3.1 and 2.1: K roundings at most on the way of every product,
-    each off by a part of its result, or by half of the smallest number.
+    """Higham, Accuracy and Stability, 4.2 and 2.1: of every product, as many roundings on its way
+    as its piece has columns and as there are pieces, each off by a part of its result, or by half
+    of the smallest number.
     """
     x_MK, wide_OK = x_MK.astype(np.float64), wide_OK.astype(np.float64)
     exact_MO, K = x_MK @ wide_OK.T, x_MK.shape[1]
-    bound_MO = K * UNIT / (1 - K * UNIT) * (np.abs(x_MK) @ np.abs(wide_OK).T) + K * SMALLEST / 2
+    steps = min(K, PIECE) + -(-K // PIECE) - 1
+    bound_MO = steps * UNIT / (1 - steps * UNIT) * (np.abs(x_MK) @ np.abs(wide_OK).T)
+    bound_MO += (K + steps) * SMALLEST / 2
     finite_MO = np.isfinite(exact_MO)
     assert y_MO.dtype == np.float32
     assert (np.abs(y_MO - exact_MO) <= bound_MO)[finite_MO].all()

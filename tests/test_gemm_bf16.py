@@ -2,6 +2,7 @@
 
 import mmap
 import sys
+from itertools import pairwise
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +13,7 @@ from strategies import seeds
 
 pytest.importorskip("numba", reason="numba is not installed")
 from llama3np.kernels.cpu.gemm_bf16 import products, supported
+from llama3np.kernels.cpu.panels import PIECE
 from llama3np.kernels.rounded import plain_product
 from llama3np.threads import Pool
 
@@ -51,10 +53,15 @@ def defined_product(x_MK, w_OK):
     float64, which has more than twice as many digits (Figueroa 1995).
     """
     x_MK, w_OK = (flushed(a.astype(BF16).astype(np.float64)) for a in (x_MK, w_OK))
+    K = x_MK.shape[1]
     y_MO = np.zeros((len(x_MK), len(w_OK)), np.float32)
-    for k in range(x_MK.shape[1]):
-        k_ = k ^ 1 if k ^ 1 < x_MK.shape[1] else k
-        y_MO = flushed((y_MO + np.outer(x_MK[:, k_], w_OK[:, k_])).astype(np.float32))
+    ends = sorted({*range(0, K - K % 2, 2 * PIECE), K - K % 2, K})
+    for start, end in pairwise(ends):
+        sum_MO = np.zeros_like(y_MO)
+        for k in range(start, end):
+            k_ = k ^ 1 if k ^ 1 < K else k
+            sum_MO = flushed((sum_MO + np.outer(x_MK[:, k_], w_OK[:, k_])).astype(np.float32))
+        y_MO = y_MO + sum_MO
     return y_MO
 
 
@@ -80,9 +87,10 @@ def test_product_is_near_the_exact_one(M, n_out, n_in, pool, data):
     w_OK = data.draw(matrices(n_out, n_in))
     y_MO = products(x_MK, [w_OK], pool)[0]
     rounded_MK, wide_OK = x_MK.astype(BF16).astype(np.float64), w_OK.astype(np.float64)
-    # Products are exact in float32 and each of n_in additions rounds once, by half an eps of a
-    # partial sum: n_in * eps / 2 of the absolute sum, to first order; a whole eps is above it all.
-    bound_MO = n_in * np.finfo(np.float32).eps * (np.abs(rounded_MK) @ np.abs(wide_OK).T)
+    # Products are exact in float32, and each addition rounds once, by half an eps of a partial sum:
+    # so many, times eps / 2 of the absolute sum, to first order; a whole eps is above it all.
+    steps = min(n_in, 2 * PIECE) + n_in // (2 * PIECE) + 1
+    bound_MO = steps * np.finfo(np.float32).eps * (np.abs(rounded_MK) @ np.abs(wide_OK).T)
     exact_MO = rounded_MK @ wide_OK.T
     assert (np.abs(y_MO - exact_MO) <= bound_MO).all()
     assert (np.abs(plain_product(x_MK, w_OK) - exact_MO) <= bound_MO).all()

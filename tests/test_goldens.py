@@ -13,6 +13,8 @@ import pytest
 
 import llama3np
 from llama3np.kernels.engine import ENGINES
+from llama3np.llm import Llama
+from llama3np.params import from_named, named
 
 LOGIT = 1e-3  # absolute, against the float64 reference
 NLL = 1e-5  # relative
@@ -96,6 +98,29 @@ def test_smollm2_generates_the_reference_ids_and_text(smollm2, item):
     assert completion.ids == generated_with_stop(item)
     assert completion.text == item["generated_text"]
     assert completion.finish_reason == ("length" if item["stop"] == "length" else "stop")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_smollm2_generates_the_same_over_any_number_of_threads(engine, threads):
+    llm = llama3np.load(paths.smollm2_gguf(), engine=engine, threads=threads)
+    item = next(item for item in SMOLLM2["items"] if item["id"] == "plain_gravity")
+    (completion,) = llm.generate(item["prompt_ids"], 24)
+    assert completion.ids == item["generated_ids"][:24]
+
+
+def test_smollm2_is_the_same_in_float32(smollm2):
+    """Its blocks hold no number that float32 does not have: other kernels, the same model."""
+    params = from_named(
+        {
+            name: np.array(w[:], np.float32)
+            for name, w in named(smollm2.params, smollm2.config.tied).items()
+        },
+        smollm2.config,
+    )
+    llm = Llama(smollm2.config, params, engine=smollm2.engine.name)
+    item = next(item for item in SMOLLM2["items"] if item["id"] == "plain_gravity")
+    assert check_steps(llm, item) == 5 * len(item["steps"])
 
 
 def test_smollm2_generates_the_same_in_one_ragged_batch(smollm2):

@@ -1,11 +1,15 @@
 """The pool: in whose context its threads work, and what ends them."""
 
+import os
+import signal
 import threading
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
-from llama3np.threads import Pool
+from llama3np import threads
+from llama3np.threads import Pool, single_threaded_blas
 
 
 def each_once(pool, work):
@@ -50,3 +54,34 @@ def test_a_job_that_raises_is_told_of_and_ends_no_thread(monkeypatch):
     each_once(pool, lambda: None)  # by all threads, so both have told
     assert sorted(str(args.exc_value) for args in told) == ["worker 1", "worker 2"]
     assert {args.thread.name for args in told} == {"llama3np-1", "llama3np-2"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("lock", [lambda: threads._BLAS._lock, lambda: threads._STARTING])
+def test_a_fork_waits_for_no_thread_that_it_does_not_have(lock):
+    entered, leave = threading.Event(), threading.Event()
+
+    def compute():
+        with single_threaded_blas(), lock():
+            entered.set()
+            leave.wait(20)
+
+    before = blas_threads()
+    thread = threading.Thread(target=compute)
+    thread.start()
+    entered.wait(20)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        found = blas_threads()
+        with single_threaded_blas():
+            Pool(2).map(lambda i, worker: None, 4)
+        os._exit(0 if found == before else 1)
+    leave.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def blas_threads():
+    return [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"]

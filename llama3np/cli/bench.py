@@ -63,6 +63,9 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         )
         with progress_bar() as tell:
             report = {"model": args.model, "load_s": load_s, **bench.measure(llm, plan, tell)}
+        report["environment"] = {
+            name: os.environ[name] for name in peers.UNSET if name in os.environ
+        }
         if args.profile_ops:
             report["profile"] = bench.profile_ops(llm, plan)
     except MemoryError:
@@ -158,9 +161,8 @@ def sentences(report: dict[str, Any]) -> Iterator[str]:
         )
     if (others := report["other_processes_cores"]) is not None:
         yield f"other processes used {100 * others:.0f} % of a core"
-    for name in peers.UNSET:
-        if name in os.environ:
-            yield f"{name}={os.environ[name]} is set, so BLAS did not pick its own kernel"
+    for name, value in report["environment"].items():
+        yield f"{name}={value} is set, so BLAS did not pick its own kernel"
 
 
 def profile(parts: dict[str, Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from numbers import Integral
 from typing import Any
@@ -108,9 +108,14 @@ def engine_class(name: str | None) -> type[Engine]:
         said = f"engine: numba cannot be imported ({error})"
         if name == "numba":
             raise InputError(f'{said}; pip install "llama3np[fast]"') from None
-        logging.getLogger("llama3np").warning("llama3np: %s; NumPy computes alone", said)
+        _warn_once(f"{said}; NumPy computes alone")
         return Engine
     return CompiledEngine
+
+
+@cache
+def _warn_once(words: str) -> None:
+    logging.getLogger("llama3np").warning("llama3np: %s", words)
 
 
 def checked_threads(threads: int | None) -> int | None:

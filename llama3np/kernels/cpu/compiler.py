@@ -31,6 +31,8 @@ FAST = {"reassoc", "contract", "nsz"}
 UNUSED = 60  # days after which a folder of another version is removed
 
 _SETTINGS = numba.core.config  # numba's, of the whole process
+if _SETTINGS.DISABLE_JIT:  # addresses mean nothing to the interpreter
+    raise ImportError("NUMBA_DISABLE_JIT is set")
 _LOG = logging.getLogger("llama3np")
 
 

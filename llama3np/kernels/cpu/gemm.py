@@ -7,9 +7,9 @@ widened into a scratch in a core's own cache and meets up to 512 rows of x there
 decoding cost little, whatever the format, and nothing is ever as large as a widened weight. BLAS
 would have to be given wide tiles, and lays out those and x once more for itself.
 
-Each sum is one chain of K fused multiply-adds (where the processor has them), in the order of k:
-|error| <= K * 2^-24 * sum |x w|, to first order in 2^-24 (Higham, Accuracy and Stability of
-Numerical Algorithms, 3.1).
+Sums are chains of 256 fused multiply-adds (where the processor has them), in the order of k, which
+are added up one after the other: |error| <= (256 + K / 256) * 2^-24 * sum |x w| for large K, to
+first order in 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms, 3.1 and 4.2).
 """
 
 from __future__ import annotations

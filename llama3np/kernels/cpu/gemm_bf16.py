@@ -7,8 +7,9 @@ each from either side, and adds both products: twice the operations of a float32
 Intel SDM volume 2, VDPBF16PS: two FMAs for each sum, the odd element of the pair first, each
 rounded to nearest even; subnormal inputs count as 0 and subnormal results become 0; the control
 register MXCSR is neither read nor changed. A product of two bfloat16 numbers is exact in float32,
-so only the K additions round: |error| <= K * 2^-24 * sum |x w|, to first order in 2^-24 (Higham,
-Accuracy and Stability of Numerical Algorithms, 4.2), as for any order of summation.
+so only additions round, in chains of 512, which are added up one after the other, and of an odd K
+the last by itself: |error| <= (513 + K / 512) * 2^-24 * sum |x w| for large K, to first order in
+2^-24 (Higham, Accuracy and Stability of Numerical Algorithms, 4.2).
 
 How x is laid out and who computes what is in panels.py. A pair of weights is broadcast straight
 from the file's bytes: w is never repacked.
