@@ -90,7 +90,7 @@ def parse_device(name: str) -> Device:
 
     Nothing is imported, and nothing is asked of the device: see `use`.
     """
-    match = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", name) if isinstance(name, str) else None
+    match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", name) if isinstance(name, str) else None
     if match is None:
         raise InputError(f"device: expected cpu, cuda or cuda:N, found {name!r}")
     return Device(name.partition(":")[0], int(match[1] or 0))

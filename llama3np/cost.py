@@ -130,7 +130,7 @@ def bytes_per_step(config: Config, format: str, context: int, batch: int, dtype:
 
 # The sizes that the engines on a device keep to, in numbers. A tile of weights is widened at a
 # time: 64 MiB of float32, large enough that a product of it fills any GPU. Scores are made so many
-# at a time: 32 MiB, of which attention holds five kinds.
+# at a time: 32 MiB, of which attention holds four kinds.
 TILE, SCORES = 1 << 24, 1 << 23
 # What is beside arrays: compiled kernels, cuBLAS's own memory (32 MiB on the newest), and what
 # CuPy's pool loses by rounding up and by gaps.
@@ -154,14 +154,14 @@ def workspace_bytes(config: Config, tokens: int, context: int, rows: int = 1, si
     """An upper bound of what a call of `tokens` tokens, all rows counted, needs beside the cache.
 
     size: bytes of a number. Of each token there are at most 8 vectors of width D or N H at a time,
-    7 of width F (in swiglu), or, when the layers are done, the logits; of the keys and values that
-    are seen, 3 copies of one kind (widened, and laid out for a product); and a tile and the scores.
+    6 of width F (in swiglu), or, when the layers are done, the logits; of the keys, or values, that
+    are seen 2 copies (widened, and laid out for a product); 4 kinds of scores; and a tile.
     """
     c = config
     wide = max(c.dim, c.n_heads * c.head_dim)
-    per_token = max(8 * wide + 7 * c.ffn_dim, 2 * wide + c.vocab_size)
-    seen = 3 * rows * context * c.n_kv_heads * c.head_dim
-    scores = 5 * min(max(SCORES, c.n_heads * context), tokens * c.n_heads * context)
+    per_token = max(8 * wide + 6 * c.ffn_dim, 2 * wide + c.vocab_size)
+    seen = 2 * rows * context * c.n_kv_heads * c.head_dim
+    scores = 4 * min(max(SCORES, c.n_heads * context), tokens * c.n_heads * context)
     return size * (tokens * per_token + seen + scores + TILE) + BESIDE
 
 

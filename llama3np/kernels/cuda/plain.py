@@ -14,11 +14,10 @@ import cupy
 import ml_dtypes
 import numpy as np
 
-from llama3np import model
+from llama3np import cost, model
 from llama3np.backend import Device, on, to_host
 from llama3np.cache import Cache
 from llama3np.config import Config
-from llama3np.cost import SCORES, TILE
 from llama3np.errors import InputError
 from llama3np.kernels.cuda import gemm
 from llama3np.kernels.engine import linear
@@ -83,7 +82,7 @@ def product(x_MK: Any, w: Any, rounded: bool = False) -> Any:
     if w.dtype == x_MK.dtype:
         return gemm.product(x_MK, w)
     n_out, n_in = w.shape
-    step = max(1, TILE // n_in)
+    step = max(1, cost.TILE // n_in)
     y_MN = cupy.empty((len(x_MK), n_out), x_MK.dtype)
     for start in range(0, n_out, step):
         stop = min(start + step, n_out)
@@ -100,11 +99,11 @@ def attention(
     """model.attention by blocks of queries, each against the keys that it may see.
 
     longest: the most tokens that a row of the cache held before this call. At no time are there
-    more than SCORES scores of one kind, or those of one query of one row.
+    more than cost.SCORES scores of one kind, or those of one query of one row.
     """
     (B, T, N, _), S = q_BTNH.shape, k_BKSH.shape[2]
-    rows = max(1, min(B, SCORES // (N * S)))
-    queries = max(1, min(T, SCORES // (rows * N * S)))
+    rows = max(1, min(B, cost.SCORES // (N * S)))
+    queries = max(1, min(T, cost.SCORES // (rows * N * S)))
     if rows >= B and queries >= T:
         return model.attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, see)
     attn_BTNH = cupy.empty_like(q_BTNH)
