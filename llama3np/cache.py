@@ -150,7 +150,8 @@ class Cache:
         whole = np.issubdtype(chosen.dtype, np.integer) and chosen.ndim == 1 and chosen.size > 0
         if not whole or (chosen < 0).any() or (chosen >= self.batch).any():
             raise InputError(f"cache: expected rows from 0 to {self.batch - 1}, found {rows}")
-        k, v = ([_copy_rows(a, chosen, self._used) for a in arrays] for arrays in (self.k, self.v))
+        there = namespace(self.k[0]).asarray(chosen)  # once: host indices would be moved each time
+        k, v = ([_copy_rows(a, there, self._used) for a in arrays] for arrays in (self.k, self.v))
         return Cache(k, v, self.lengths_B[chosen])
 
     @property
@@ -158,7 +159,7 @@ class Cache:
         return int(self.lengths_B.max())
 
 
-def _copy_rows(array_BKSH: Any, rows: np.ndarray, used: int) -> Any:
+def _copy_rows(array_BKSH: Any, rows: Any, used: int) -> Any:
     """Rows in an array of their own. Slots beyond `used` are untouched zeros, and cost nothing."""
     copy_BKSH = namespace(array_BKSH).zeros((len(rows), *array_BKSH.shape[1:]), array_BKSH.dtype)
     copy_BKSH[:, :, :used] = array_BKSH[rows, :, :used]

@@ -126,6 +126,56 @@ def bytes_per_step(config: Config, format: str, context: int, batch: int, dtype:
     return weights + batch * context * cache_bytes_per_token(config, dtype)
 
 
+# ---- a CUDA device ---------------------------------------------------------------------------
+
+# The sizes that the engines on a device keep to, in numbers. A tile of weights is widened at a
+# time: 64 MiB of float32, large enough that a product of it fills any GPU. Scores are made so many
+# at a time: 32 MiB, of which attention holds five kinds.
+TILE, SCORES = 1 << 24, 1 << 23
+# What is beside arrays: compiled kernels, cuBLAS's own memory (32 MiB on the newest), and what
+# CuPy's pool loses by rounding up and by gaps.
+BESIDE = 256 << 20
+
+
+class Needs(NamedTuple):
+    """Bytes of a device's memory, by what they are for."""
+
+    weights: int
+    cache: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self)
+
+
+def workspace_bytes(config: Config, tokens: int, context: int, rows: int = 1, size: int = 4) -> int:
+    """An upper bound of what a call of `tokens` tokens, all rows counted, needs beside the cache.
+
+    size: bytes of a number. Of each token there are at most 8 vectors of width D or N H at a time,
+    7 of width F (in swiglu), or, when the layers are done, the logits; of the keys and values that
+    are seen, 3 copies of one kind (widened, and laid out for a product); and a tile and the scores.
+    """
+    c = config
+    wide = max(c.dim, c.n_heads * c.head_dim)
+    per_token = max(8 * wide + 7 * c.ffn_dim, 2 * wide + c.vocab_size)
+    seen = 3 * rows * context * c.n_kv_heads * c.head_dim
+    scores = 5 * min(max(SCORES, c.n_heads * context), tokens * c.n_heads * context)
+    return size * (tokens * per_token + seen + scores + TILE) + BESIDE
+
+
+def device_needs(
+    config: Config, weights: int, context: int, dtype: str, tokens: int, size: int = 4
+) -> Needs:
+    """What one row of `context` tokens needs on a device, fed `tokens` at a time.
+
+    weights: bytes of all weights; dtype: of the cache, one of CACHE_BYTES.
+    """
+    cache = context * cache_bytes_per_token(config, dtype)
+    return Needs(weights, cache, workspace_bytes(config, min(tokens, context), context, 1, size))
+
+
 # ---- what fits, and how fast it can be at best -----------------------------------------------
 
 

@@ -4,7 +4,32 @@ import os
 import sys
 from collections import Counter
 
+import paths
+import pytest
 from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(paths.SHARED / "softcuda"))
+try:  # here, so that no test module has imported cupy before
+    import softcuda
+
+    softcuda.install()
+except Exception as error:
+    softcuda, WHY = None, f"no software CUDA device: {error}"
+
+
+@pytest.fixture
+def device():
+    """The software CUDA device: counters at zero, its plainest settings."""
+    if softcuda is None:
+        pytest.skip(WHY)
+    import cupy
+
+    softcuda.config(guard=False, deferred=False, trace=False, sched=0)
+    cupy.cuda.Device().synchronize()
+    softcuda.reset()
+    yield softcuda
+    softcuda.config(guard=False, deferred=False, trace=False, sched=0)
+
 
 # No deadline: the first call of a test compiles and imports, and machines are shared.
 settings.register_profile(

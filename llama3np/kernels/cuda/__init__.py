@@ -1,1 +1,1 @@
-"""The fast path on CUDA: our own kernels through CuPy. Nothing here is imported without a device."""
+"""What computes on CUDA devices, over CuPy. Importing a module of this package imports CuPy."""
