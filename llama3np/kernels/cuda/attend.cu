@@ -1,8 +1,8 @@
 // Attention of one new token a row over a preallocated cache, keys and values cut into stretches.
 //
-// Defined: H head size, G query heads to a key/value head, HEADS of them to a block, CACHED how keys
+// Defined: HEAD head size, GROUP query heads to a key/value head, HEADS of them to a block, CACHED how keys
 // and values are stored, VEC numbers to a load, LANES that share a position, CHUNKS loads of each
-// lane for it (VEC * LANES * CHUNKS >= H), PAIRING 0 interleaved or 1 half.
+// lane for it (VEC * LANES * CHUNKS >= HEAD), PAIRING 0 interleaved or 1 half.
 // The cache is k_BKSH, v_BKSH, with `slots` positions; what lies beyond a row's position is never read.
 
 #define STRETCH 256  // positions of a block: fixed, so that bits do not depend on the room in a cache
@@ -65,23 +65,23 @@ extern "C" __global__ void __launch_bounds__(64)
          Cached* __restrict__ values, int slots) {
   int head = blockIdx.x, m = blockIdx.y, position = positions[m];
   if (position < 0) return;
-  float* own = qkv + (size_t)m * pitch + head * H;
+  float* own = qkv + (size_t)m * pitch + head * HEAD;
   size_t row = (size_t)m * K + (head < N + K ? head - N : head - N - K);
   if (head >= N + K) {
-    for (int d = threadIdx.x; d < H; d += blockDim.x)
-      values[(row * slots + position) * H + d] = narrow(own[d]);
+    for (int d = threadIdx.x; d < HEAD; d += blockDim.x)
+      values[(row * slots + position) * HEAD + d] = narrow(own[d]);
     return;
   }
-  for (int p = threadIdx.x; p < H / 2; p += blockDim.x) {
-    int first = PAIRING ? p : 2 * p, second = PAIRING ? p + H / 2 : 2 * p + 1;
-    float c = cos_SP[(size_t)position * (H / 2) + p], s = sin_SP[(size_t)position * (H / 2) + p];
+  for (int p = threadIdx.x; p < HEAD / 2; p += blockDim.x) {
+    int first = PAIRING ? p : 2 * p, second = PAIRING ? p + HEAD / 2 : 2 * p + 1;
+    float c = cos_SP[(size_t)position * (HEAD / 2) + p], s = sin_SP[(size_t)position * (HEAD / 2) + p];
     float a = own[first], b = own[second];
     float new_a = a * c - b * s, new_b = a * s + b * c;
     if (head < N) {
       own[first] = new_a;
       own[second] = new_b;
     } else {
-      Cached* to = keys + (row * slots + position) * H;
+      Cached* to = keys + (row * slots + position) * HEAD;
       to[first] = narrow(new_a);
       to[second] = narrow(new_b);
     }
@@ -93,7 +93,7 @@ __device__ __forceinline__ void load_position(Loaded (&own)[CHUNKS], const Cache
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {
     int d = (c * LANES + lane) * VEC;
-    own[c] = in && d < H ? *(const Loaded*)(rows + (size_t)i * H + d) : NO_LOAD;
+    own[c] = in && d < HEAD ? *(const Loaded*)(rows + (size_t)i * HEAD + d) : NO_LOAD;
   }
 }
 
@@ -146,7 +146,7 @@ __device__ __forceinline__ void soften(float (*scores)[STRETCH], int count, int 
 }
 
 // parts[group][g] = sum of powers[g][i] * value_i over the positions i of this group of lanes.
-__device__ __forceinline__ void weigh(float (*parts)[HEADS][H], const float (*powers)[STRETCH], const Cached* values,
+__device__ __forceinline__ void weigh(float (*parts)[HEADS][HEAD], const float (*powers)[STRETCH], const Cached* values,
                                       int count) {
   int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
   float sums[HEADS][CHUNKS * VEC];
@@ -176,32 +176,32 @@ __device__ __forceinline__ void weigh(float (*parts)[HEADS][H], const float (*po
 #pragma unroll
     for (int e = 0; e < CHUNKS * VEC; e++) {
       int d = (e / VEC * LANES + lane) * VEC + e % VEC;
-      if (d < H) parts[group][g][d] = sums[g][e];
+      if (d < HEAD) parts[group][g][d] = sums[g][e];
     }
 }
 
 // One stretch of one row, for HEADS query heads of one key/value head. out: heads' unnormed means.
-// Blocks: (stretch, key/value head and share of its G, row).
+// Blocks: (stretch, key/value head and share of its GROUP, row).
 extern "C" __global__ void __launch_bounds__(THREADS)
     attend(const float* __restrict__ qkv, int pitch, const Cached* __restrict__ keys,
            const Cached* __restrict__ values, const int* __restrict__ positions, int K, int slots, float scale,
            float* __restrict__ out, float* __restrict__ peaks, float* __restrict__ sums) {
   __shared__ float scores[HEADS][STRETCH];
-  __shared__ float parts[GROUPS][HEADS][H];
+  __shared__ float parts[GROUPS][HEADS][HEAD];
   int m = blockIdx.z, first = blockIdx.x * STRETCH, position = positions[m];
   if (first > position) return;
   int count = min(STRETCH, position + 1 - first), lane = threadIdx.x % LANES;
-  int shares = (G + HEADS - 1) / HEADS, kv = blockIdx.y / shares, g0 = blockIdx.y % shares * HEADS;
-  int n0 = kv * G + g0, heads = min(HEADS, G - g0);
-  size_t at = ((size_t)(m * K + kv) * slots + first) * H;
-  size_t to = ((size_t)m * K * G + n0) * gridDim.x + blockIdx.x;
+  int shares = (GROUP + HEADS - 1) / HEADS, kv = blockIdx.y / shares, g0 = blockIdx.y % shares * HEADS;
+  int n0 = kv * GROUP + g0, heads = min(HEADS, GROUP - g0);
+  size_t at = ((size_t)(m * K + kv) * slots + first) * HEAD;
+  size_t to = ((size_t)m * K * GROUP + n0) * gridDim.x + blockIdx.x;
   float q[HEADS][CHUNKS * VEC];
 #pragma unroll
   for (int g = 0; g < HEADS; g++)
 #pragma unroll
     for (int e = 0; e < CHUNKS * VEC; e++) {
       int d = (e / VEC * LANES + lane) * VEC + e % VEC;
-      q[g][e] = g < heads && d < H ? qkv[(size_t)m * pitch + (n0 + g) * H + d] * scale : 0.f;
+      q[g][e] = g < heads && d < HEAD ? qkv[(size_t)m * pitch + (n0 + g) * HEAD + d] * scale : 0.f;
     }
   score(scores, q, keys + at, count);
   __syncthreads();
@@ -209,10 +209,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   __syncthreads();
   weigh(parts, scores, values + at, count);
   __syncthreads();
-  for (int i = threadIdx.x; i < heads * H; i += THREADS) {
+  for (int i = threadIdx.x; i < heads * HEAD; i += THREADS) {
     float sum = 0.f;
-    for (int group = 0; group < GROUPS; group++) sum += parts[group][i / H][i % H];
-    out[(to + (size_t)(i / H) * gridDim.x) * H + i % H] = sum;
+    for (int group = 0; group < GROUPS; group++) sum += parts[group][i / HEAD][i % HEAD];
+    out[(to + (size_t)(i / HEAD) * gridDim.x) * HEAD + i % HEAD] = sum;
   }
 }
 
@@ -225,9 +225,9 @@ extern "C" __global__ void __launch_bounds__(64)
   float peak = MINUS_INFINITY, total = 0.f;
   for (int i = 0; i < used; i++) peak = fmaxf(peak, peaks[first + i]);
   for (int i = 0; i < used; i++) total += sums[first + i] * expf(peaks[first + i] - peak);
-  for (int d = threadIdx.x; d < H; d += blockDim.x) {
+  for (int d = threadIdx.x; d < HEAD; d += blockDim.x) {
     float sum = 0.f;
-    for (int i = 0; i < used; i++) sum += out[(first + i) * H + d] * expf(peaks[first + i] - peak);
-    y[(size_t)m * pitch + n * H + d] = used ? sum / total : 0.f;
+    for (int i = 0; i < used; i++) sum += out[(first + i) * HEAD + d] * expf(peaks[first + i] - peak);
+    y[(size_t)m * pitch + n * HEAD + d] = used ? sum / total : 0.f;
   }
 }

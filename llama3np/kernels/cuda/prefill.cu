@@ -9,7 +9,7 @@
 #define THREADS (QUERIES * 4)  // QUERIES / 2 pairs of rows, 8 threads each
 #define HALF (QUERIES / 2)
 #define OWN_KEYS (KEYS / 8)
-#define OWN ((H + 7) / 8)  // numbers of a head to each of the eight
+#define OWN ((HEAD + 7) / 8)  // numbers of a head to each of the eight
 #define WIDTH (OWN * 8 + 1)  // odd: a column lies in as many banks as it has rows
 
 #if CACHED == 0
@@ -39,7 +39,7 @@ __device__ __forceinline__ float eight_max(float own) {
 __device__ __forceinline__ void bring(float (*rows)[WIDTH], const Cached* from, int start, int stop) {
   for (int i = threadIdx.x; i < KEYS * (WIDTH - 1); i += THREADS) {
     int s = i / (WIDTH - 1), d = i % (WIDTH - 1);
-    rows[s][d] = start + s < stop && d < H ? WIDE(from[(size_t)(start + s) * H + d]) : 0.f;
+    rows[s][d] = start + s < stop && d < HEAD ? WIDE(from[(size_t)(start + s) * HEAD + d]) : 0.f;
   }
 }
 
@@ -58,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int i = threadIdx.x; i < QUERIES * (WIDTH - 1); i += THREADS) {
     int r = first + i / (WIDTH - 1), d = i % (WIDTH - 1);
     size_t at = ((size_t)(b * T + r / G) * K + kv) * G + r % G;
-    queries[i / (WIDTH - 1)][d] = r < T * G && d < H ? q[at * H + d] * scale : 0.f;
+    queries[i / (WIDTH - 1)][d] = r < T * G && d < HEAD ? q[at * HEAD + d] * scale : 0.f;
   }
   float peak[2] = {MINUS_INFINITY, MINUS_INFINITY}, total[2] = {0.f, 0.f}, sums[2][OWN];
   int row[2] = {(int)threadIdx.x / 8, (int)threadIdx.x / 8 + HALF}, sees[2];
@@ -77,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int i = 0; i < 2; i++)
 #pragma unroll
       for (int j = 0; j < OWN_KEYS; j++) scores[i][j] = 0.f;
-    for (int d = 0; d < H; d++) {
+    for (int d = 0; d < HEAD; d++) {
       float q0 = queries[row[0]][d], q1 = queries[row[1]][d];
 #pragma unroll
       for (int j = 0; j < OWN_KEYS; j++) {
@@ -127,6 +127,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     size_t at = ((size_t)(b * T + r / G) * K + kv) * G + r % G;
 #pragma unroll
     for (int e = 0; e < OWN; e++)
-      if (r < T * G && e * 8 + eighth < H) y[at * H + e * 8 + eighth] = sums[i][e] / total[i];
+      if (r < T * G && e * 8 + eighth < HEAD) y[at * HEAD + e * 8 + eighth] = sums[i][e] / total[i];
   }
 }

@@ -1,9 +1,9 @@
-// y = W x for M <= 8 vectors at once: every weight is read once, whatever M is.
+// y = W x for BATCH <= 8 vectors at once: every weight is read once, whatever BATCH is.
 //
 // A warp has ROWS rows of W, a block eight warps. The block goes through K by tiles: it brings the
 // vectors' part into shared memory, normed if they are to be, while the weights of this tile are
 // already in registers and those of the next are on their way. Sums are by lanes, then by a
-// tree over them: the same bits for every M, and whichever other weights share the launch.
+// tree over them: the same bits for every BATCH, and whichever other weights share the launch.
 
 #define WARPS 8
 #define BLOCK_ROWS (WARPS * ROWS)
@@ -13,7 +13,7 @@ __device__ __forceinline__ float dot(float4 a, float4 b, float sum) {
   return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
 }
 
-// The M vectors a launch multiplies by, and how they are normed on the way: see stage.
+// The BATCH vectors a launch multiplies by, and how they are normed on the way: see stage.
 struct Vectors {
   const float* x;
   const float* norm;  // weights of RMSNorm, or null: x as it is
@@ -23,7 +23,7 @@ struct Vectors {
 // scale[m] = 1 / sqrt(mean(x^2) + eps), from sums of squares of `parts` parts of each vector.
 __device__ __forceinline__ void root_mean(float* scale, const float* squares, int parts, int K, float eps) {
   int m = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (m < M) {
+  if (m < BATCH) {
     float own = 0.f;
     for (int i = lane; i < parts; i += 32) own += squares[m * parts + i];
     float sum = warp_sum(own);
@@ -39,7 +39,7 @@ __device__ __forceinline__ void stage(float4* staged, const Vectors& v, const fl
   float4 w = make_float4(1.f, 1.f, 1.f, 1.f);
   if (v.norm && at * 4 < v.pitch) w = ((const float4*)v.norm)[at];
 #pragma unroll
-  for (int m = 0; m < M; m++) {
+  for (int m = 0; m < BATCH; m++) {
     float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
     if (at * 4 < v.pitch) x = *(const float4*)(v.x + (size_t)m * v.pitch + at * 4);
     if (v.norm) {
@@ -69,14 +69,14 @@ __device__ __forceinline__ void load_rows(Piece* pieces, const Rows& rows, int K
 
 // sums[r][m], in every lane, of this warp's rows.
 template <bool paired>
-__device__ __forceinline__ void multiply(float (&sums)[ROWS][M], const Rows& rows, int K, const Vectors& v,
+__device__ __forceinline__ void multiply(float (&sums)[ROWS][BATCH], const Rows& rows, int K, const Vectors& v,
                                          float4* staged, const float* scale) {
   int lane = threadIdx.x % 32, tiles = (K + 4 * FOURS - 1) / (4 * FOURS);
   Piece now[ROWS], next[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; r++)
 #pragma unroll
-    for (int m = 0; m < M; m++) sums[r][m] = 0.f;
+    for (int m = 0; m < BATCH; m++) sums[r][m] = 0.f;
   load_rows<paired>(now, rows, K, 0, lane);
   for (int tile = 0; tile < tiles; tile++) {
     stage(staged, v, scale, tile);
@@ -88,7 +88,7 @@ __device__ __forceinline__ void multiply(float (&sums)[ROWS][M], const Rows& row
 #pragma unroll
       for (int r = 0; r < ROWS; r++) w[r] = decode(now[r], j, lane);
 #pragma unroll
-      for (int m = 0; m < M; m++) {
+      for (int m = 0; m < BATCH; m++) {
         float4 x = staged[(m * SLOTS + j) * PITCH + lane];
 #pragma unroll
         for (int r = 0; r < ROWS; r++) sums[r][m] = dot(w[r], x, sums[r][m]);
@@ -101,18 +101,23 @@ __device__ __forceinline__ void multiply(float (&sums)[ROWS][M], const Rows& row
 #pragma unroll
   for (int r = 0; r < ROWS; r++)
 #pragma unroll
-    for (int m = 0; m < M; m++) sums[r][m] = warp_sum(sums[r][m]);
+    for (int m = 0; m < BATCH; m++) sums[r][m] = warp_sum(sums[r][m]);
 }
 
-// Lane r * M + m takes sums[r][m]; a loop, because registers cannot be chosen by number.
-__device__ __forceinline__ float own_sum(const float (&sums)[ROWS][M], int lane) {
+// Lane r * BATCH + m takes sums[r][m]; a loop, because registers cannot be chosen by number.
+__device__ __forceinline__ float own_sum(const float (&sums)[ROWS][BATCH], int lane) {
   float own = 0.f;
 #pragma unroll
   for (int r = 0; r < ROWS; r++)
 #pragma unroll
-    for (int m = 0; m < M; m++)
-      if (lane == r * M + m) own = sums[r][m];
+    for (int m = 0; m < BATCH; m++)
+      if (lane == r * BATCH + m) own = sums[r][m];
   return own;
+}
+
+// silu(gate) * up; e^89 would overflow, and silu(-88) is 0 but for 1e-36.
+__device__ __forceinline__ float gated(float gate, float up) {
+  return gate / (1.f + expf(fminf(-gate, 88.f))) * up;
 }
 
 // y = W (norm of x) for up to three weights of one format, such as wq, wk and wv, one after the
@@ -122,8 +127,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
             int N1, int N2, int y0, int y1, int y2, int K, const float* __restrict__ x, int x_pitch,
             const float* __restrict__ norm, const float* __restrict__ squares, int parts, float eps, int rounded,
             float* __restrict__ y, int y_pitch) {
-  __shared__ float4 staged[M * SLOTS * PITCH];
-  __shared__ float scale[M];
+  __shared__ float4 staged[BATCH * SLOTS * PITCH];
+  __shared__ float scale[BATCH];
   int lane = threadIdx.x % 32, block = blockIdx.x, start = y0;
   Rows rows = {w0, w0, 0, N0};
   int blocks0 = (N0 + BLOCK_ROWS - 1) / BLOCK_ROWS, blocks1 = (N1 + BLOCK_ROWS - 1) / BLOCK_ROWS;
@@ -133,13 +138,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     rows.a = w1, rows.N = N1, start = y1, block -= blocks0;
   }
   rows.first = block * BLOCK_ROWS + threadIdx.x / 32 * ROWS;
-  float sums[ROWS][M];
+  float sums[ROWS][BATCH];
   Vectors v = {x, norm, x_pitch, rounded};
   root_mean(scale, squares, parts, K, eps);
   multiply<false>(sums, rows, K, v, staged, scale);
-  int n = rows.first + lane / M, m = lane % M;
+  int n = rows.first + lane / BATCH, m = lane % BATCH;
   float own = own_sum(sums, lane);
-  if (lane < ROWS * M && n < rows.N) y[(size_t)m * y_pitch + start + n] = own;
+  if (lane < ROWS * BATCH && n < rows.N) y[(size_t)m * y_pitch + start + n] = own;
 }
 
 // y = silu(G (norm of x)) * (U (norm of x)): both rows of a pair are in one warp.
@@ -148,47 +153,55 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
             const float* __restrict__ x, int x_pitch, const float* __restrict__ norm,
             const float* __restrict__ squares, int parts, float eps, int rounded, float* __restrict__ y,
             int y_pitch) {
-  __shared__ float4 staged[M * SLOTS * PITCH];
-  __shared__ float scale[M];
+  __shared__ float4 staged[BATCH * SLOTS * PITCH];
+  __shared__ float scale[BATCH];
   int lane = threadIdx.x % 32;
   Rows rows = {gate, up, ((int)blockIdx.x * WARPS + (int)threadIdx.x / 32) * (ROWS / 2), N};
-  float sums[ROWS][M];
+  float sums[ROWS][BATCH];
   Vectors v = {x, norm, x_pitch, rounded};
   root_mean(scale, squares, parts, K, eps);
   multiply<true>(sums, rows, K, v, staged, scale);
   float own = own_sum(sums, lane);
-  float other = __shfl_sync(ALL_LANES, own, (lane + M) % 32);  // the up beside a gate
-  int pair = lane / M, n = rows.first + pair / 2, m = lane % M;
-  if (lane < ROWS * M && pair % 2 == 0 && n < N)
-    y[(size_t)m * y_pitch + n] = own / (1.f + expf(fminf(-own, 88.f))) * other;
+  float other = __shfl_sync(ALL_LANES, own, (lane + BATCH) % 32);  // the up beside a gate
+  int pair = lane / BATCH, n = rows.first + pair / 2, m = lane % BATCH;
+  if (lane < ROWS * BATCH && pair % 2 == 0 && n < N)
+    y[(size_t)m * y_pitch + n] = gated(own, other);
 }
 
 // y += W x, the residual stream, and the sum of squares of every block's part of the new y.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
     add(const Stored* __restrict__ w, int N, int K, const float* __restrict__ x, int x_pitch, int rounded,
         float* __restrict__ y, int y_pitch, float* __restrict__ squares) {
-  __shared__ float4 staged[M * SLOTS * PITCH];
-  __shared__ float own_squares[WARPS][M];
+  __shared__ float4 staged[BATCH * SLOTS * PITCH];
+  __shared__ float own_squares[WARPS][BATCH];
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   Rows rows = {w, w, (int)blockIdx.x * BLOCK_ROWS + warp * ROWS, N};
-  float sums[ROWS][M];
+  float sums[ROWS][BATCH];
   Vectors v = {x, nullptr, x_pitch, rounded};
   multiply<false>(sums, rows, K, v, staged, nullptr);
-  int n = rows.first + lane / M, m = lane % M;
+  int n = rows.first + lane / BATCH, m = lane % BATCH;
   float sum = own_sum(sums, lane);
-  bool mine = lane < ROWS * M && n < N;
+  bool mine = lane < ROWS * BATCH && n < N;
   if (mine) {
     sum += y[(size_t)m * y_pitch + n];
     y[(size_t)m * y_pitch + n] = sum;
   }
   float square = mine ? sum * sum : 0.f;
 #pragma unroll
-  for (int o = 16; o >= M; o >>= 1) square += __shfl_xor_sync(ALL_LANES, square, o);
-  if (lane < M) own_squares[warp][lane] = square;
+  for (int o = 16; o >= BATCH; o >>= 1) square += __shfl_xor_sync(ALL_LANES, square, o);
+  if (lane < BATCH) own_squares[warp][lane] = square;
   __syncthreads();
-  if (threadIdx.x < M) {
+  if (threadIdx.x < BATCH) {
     float total = 0.f;
     for (int i = 0; i < WARPS; i++) total += own_squares[i][threadIdx.x];
     squares[threadIdx.x * gridDim.x + blockIdx.x] = total;
   }
+}
+
+// y = silu(y) * other, where gate and up are stored in different formats. Blocks: (256 numbers, row).
+extern "C" __global__ void __launch_bounds__(256)
+    swiglu(float* __restrict__ y, const float* __restrict__ other, int N, int pitch) {
+  int n = blockIdx.x * 256 + threadIdx.x;
+  size_t at = (size_t)blockIdx.y * pitch + n;
+  if (n < N) y[at] = gated(y[at], other[at]);
 }

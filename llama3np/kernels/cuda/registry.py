@@ -99,15 +99,18 @@ def _prototype(source: str, entry: str) -> tuple[tuple[str, bool, str], ...]:
 
 
 def weight_kernel(entry: str, format: str, aligned: bool = True, batch: int = 1) -> Kernel:
-    """A product: "project", "gate_up" or "add", of a weight of this format with `batch` vectors.
+    """A product, "project", "gate_up" or "add", of a weight of this format and `batch` vectors.
 
     aligned: rows begin at multiples of 16 bytes. Formats that are not VECTORED never count as such.
     """
     scalar = not (aligned and format in VECTORED)
     rows = 2 if scalar or format in PLAIN else 4
-    defines = {"FORMAT": FORMATS.index(format), "SCALAR": int(scalar), "M": batch, "ROWS": rows}
+    defines = {"FORMAT": FORMATS.index(format), "SCALAR": int(scalar), "BATCH": batch, "ROWS": rows}
     files = ("formats.cu", "pieces.cu", "product.cu")
     return Kernel(entry, files, tuple(defines.items()), PLAIN.get(format, np.dtype(np.uint8)), registers=128)
+
+
+SWIGLU = weight_kernel("swiglu", "F32")
 
 
 def block_rows(kernel: Kernel) -> int:
@@ -124,7 +127,7 @@ def row_kernel(entry: str, format: str) -> Kernel:
 
 def attention_kernel(entry: str, head: int, group: int, cached: np.dtype, pairing: str) -> Kernel:
     """A part of a decode step's attention: "turn", "attend" or "combine"."""
-    defines = {"H": head, "G": group, "PAIRING": int(pairing == "half"), "CACHED": CACHED.index(cached)}
+    defines = {"HEAD": head, "GROUP": group, "PAIRING": int(pairing == "half"), "CACHED": CACHED.index(cached)}
     defines |= _shape(head, group, cached.itemsize)
     return Kernel(entry, ("attend.cu",), tuple(defines.items()), cached=cached, registers=168)
 
@@ -146,18 +149,18 @@ def _shape(head: int, group: int, itemsize: int) -> dict[str, int]:
 def query_shares(kernel: Kernel) -> int:
     """Blocks that share the query heads of one key/value head."""
     defines = dict(kernel.defines)
-    return -(-defines["G"] // defines["HEADS"])
+    return -(-defines["GROUP"] // defines["HEADS"])
 
 
-def choice_kernel(entry: str) -> Kernel:
-    """What looks for the largest logit: "pick" or "settle"."""
-    return Kernel(entry, ("pick.cu",), (), registers=64)
+def token_kernel(entry: str) -> Kernel:
+    """What brings tokens in and looks for the largest logit: "obey", "pick" or "settle"."""
+    return Kernel(entry, ("tokens.cu",), (), registers=64)
 
 
 def prefill_kernel(head: int, cached: np.dtype) -> Kernel:
     """Attention of many queries, by blocks of queries and keys: "attend_block"."""
     size = 32 if head <= 128 else 16
-    defines = {"H": head, "CACHED": CACHED.index(cached), "QUERIES": size, "KEYS": size}
+    defines = {"HEAD": head, "CACHED": CACHED.index(cached), "QUERIES": size, "KEYS": size}
     return Kernel("attend_block", ("prefill.cu",), tuple(defines.items()), cached=cached, registers=128)
 
 
@@ -172,11 +175,12 @@ def every_kernel() -> Iterator[Kernel]:
         if aligned == (format in VECTORED) or format in PLAIN:
             for entry in ("project", "gate_up", "add"):
                 yield weight_kernel(entry, format, aligned, batch)
+    yield SWIGLU
     for format, entry in product(FORMATS, ("widen", "take", "embed")):
         yield row_kernel(entry, format)
     for (head, group), cached, pairing in product(HEAD_SHAPES, CACHED, ("interleaved", "half")):
         for entry in ("turn", "attend", "combine"):
             yield attention_kernel(entry, head, group, cached, pairing)
-    yield from map(choice_kernel, ("pick", "settle"))
+    yield from map(token_kernel, ("obey", "pick", "settle"))
     for (head, _), cached in product(HEAD_SHAPES, CACHED):
         yield prefill_kernel(head, cached)

@@ -17,18 +17,16 @@ extern "C" __global__ void __launch_bounds__(256)
     out[(size_t)row * pitch + k] = weight_at(w, N, K, ids[row], k);
 }
 
-// The first kernel of a step: block m puts token m's embedding, and the sum of its squares, where
-// the products want them. orders, in the host's memory: whether to obey it, then tokens and positions; if not,
-// tokens and positions on the device stand as the last step left them. An idle row has position -1.
+// Block m puts token m's embedding where the residual stream begins, and beside it, for the first norm, the sum
+// of its squares.
 extern "C" __global__ void __launch_bounds__(256)
-    embed(const Stored* __restrict__ w, int N, int K, const int* __restrict__ orders, int* __restrict__ tokens,
-          int* __restrict__ positions, float* __restrict__ h, int pitch, float* __restrict__ squares) {
+    embed(const Stored* __restrict__ w, int N, int K, const int* __restrict__ tokens, float* __restrict__ h, int pitch,
+          float* __restrict__ squares) {
   __shared__ float own_squares[8];
-  int m = blockIdx.x, rows = gridDim.x;
-  int token = orders[0] ? orders[1 + m] : tokens[m];
+  int m = blockIdx.x;
   float own = 0.f;
   for (int k = threadIdx.x; k < K; k += blockDim.x) {
-    float x = weight_at(w, N, K, token, k);
+    float x = weight_at(w, N, K, tokens[m], k);
     h[(size_t)m * pitch + k] = x;
     own += x * x;
   }
@@ -39,8 +37,4 @@ extern "C" __global__ void __launch_bounds__(256)
   float total = 0.f;
   for (int i = 0; i < 8; i++) total += own_squares[i];
   squares[m] = total;
-  if (orders[0]) {
-    tokens[m] = token;
-    positions[m] = orders[1 + rows + m];
-  }
 }

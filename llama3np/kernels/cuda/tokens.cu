@@ -1,4 +1,5 @@
-// From logits to what a choice needs: the largest, the lowest id that has it, and the sum of powers.
+// Tokens on the device: those the host orders, and those chosen from logits: the largest, the lowest
+// id that has it, and the sum of powers, of which the host makes its log-probability.
 
 #define THREADS 256
 
@@ -19,6 +20,17 @@ __device__ __forceinline__ Best warp_best(Best own) {
     own = better(own, other);
   }
   return own;
+}
+
+// The first kernel of a step that the host orders: orders are in its memory, tokens, then positions. An
+// idle row has position -1. One block, a thread a row.
+extern "C" __global__ void __launch_bounds__(32)
+    obey(const int* __restrict__ orders, int* __restrict__ tokens, int* __restrict__ positions,
+         int* __restrict__ count) {
+  int m = threadIdx.x;
+  tokens[m] = orders[m];
+  positions[m] = orders[blockDim.x + m];
+  if (m == 0) *count = 0;
 }
 
 // peaks, ids, sums of each part of a row: sum of e^(logit - peak). Blocks: (part, row).
