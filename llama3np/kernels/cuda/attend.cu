@@ -59,7 +59,7 @@ __device__ __forceinline__ Cached narrow(float x) {
 
 // Turn the pairs of queries, in place, and of keys by the angles of their position; put keys and values
 // into the cache. qkv: N + 2 K heads a row. Blocks: (head, row).
-extern "C" __global__ void __launch_bounds__(64)
+extern "C" __global__ void __launch_bounds__(64, 1)
     turn(float* __restrict__ qkv, int pitch, int N, int K, const float* __restrict__ cos_SP,
          const float* __restrict__ sin_SP, const int* __restrict__ positions, Cached* __restrict__ keys,
          Cached* __restrict__ values, int slots) {
@@ -182,7 +182,7 @@ __device__ __forceinline__ void weigh(float (*parts)[HEADS][HEAD], const float (
 
 // One stretch of one row, for HEADS query heads of one key/value head. out: heads' unnormed means.
 // Blocks: (stretch, key/value head and share of its GROUP, row).
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attend(const float* __restrict__ qkv, int pitch, const Cached* __restrict__ keys,
            const Cached* __restrict__ values, const int* __restrict__ positions, int K, int slots, float scale,
            float* __restrict__ out, float* __restrict__ peaks, float* __restrict__ sums) {
@@ -217,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 // Put the stretches of each head together; an idle row gets zeros. Blocks: (query head, row).
-extern "C" __global__ void __launch_bounds__(64)
+extern "C" __global__ void __launch_bounds__(64, 1)
     combine(const float* __restrict__ out, const float* __restrict__ peaks, const float* __restrict__ sums,
             const int* __restrict__ positions, int stretches, float* __restrict__ y, int pitch) {
   int n = blockIdx.x, m = blockIdx.y, used = (positions[m] + STRETCH) / STRETCH;

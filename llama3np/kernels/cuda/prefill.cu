@@ -45,7 +45,7 @@ __device__ __forceinline__ void bring(float (*rows)[WIDTH], const Cached* from, 
 
 // y_BTNH = attention of q_BTNH over keys and values, of which one head has `slots` positions and is
 // `step` numbers from the next. positions: that of query t of row b. Blocks: (queries, head, row).
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attend_block(const float* __restrict__ q, const Cached* __restrict__ keys, const Cached* __restrict__ values,
                  const long long* __restrict__ positions, int T, int K, int G, int slots, int step, float scale,
                  float* __restrict__ y) {

@@ -122,7 +122,7 @@ __device__ __forceinline__ float gated(float gate, float up) {
 
 // y = W (norm of x) for up to three weights of one format, such as wq, wk and wv, one after the
 // other in y. Blocks: those of each weight, rounded up.
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     project(const Stored* __restrict__ w0, const Stored* __restrict__ w1, const Stored* __restrict__ w2, int N0,
             int N1, int N2, int y0, int y1, int y2, int K, const float* __restrict__ x, int x_pitch,
             const float* __restrict__ norm, const float* __restrict__ squares, int parts, float eps, int rounded,
@@ -148,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 }
 
 // y = silu(G (norm of x)) * (U (norm of x)): both rows of a pair are in one warp.
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     gate_up(const Stored* __restrict__ gate, const Stored* __restrict__ up, int N, int K,
             const float* __restrict__ x, int x_pitch, const float* __restrict__ norm,
             const float* __restrict__ squares, int parts, float eps, int rounded, float* __restrict__ y,
@@ -168,12 +168,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     y[(size_t)m * y_pitch + n] = gated(own, other);
 }
 
-// y += W x, the residual stream, and the sum of squares of every block's part of the new y.
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+// y += W x, the residual stream, and the sums of squares of every 16 numbers of the new y: pair by pair
+// and then one by one, so that they have the same bits whatever ROWS and BATCH are.
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     add(const Stored* __restrict__ w, int N, int K, const float* __restrict__ x, int x_pitch, int rounded,
         float* __restrict__ y, int y_pitch, float* __restrict__ squares) {
   __shared__ float4 staged[BATCH * SLOTS * PITCH];
-  __shared__ float own_squares[WARPS][BATCH];
+  __shared__ float own_squares[WARPS * ROWS / 2][BATCH];  // of pairs of rows
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   Rows rows = {w, w, (int)blockIdx.x * BLOCK_ROWS + warp * ROWS, N};
   float sums[ROWS][BATCH];
@@ -187,14 +188,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     y[(size_t)m * y_pitch + n] = sum;
   }
   float square = mine ? sum * sum : 0.f;
-#pragma unroll
-  for (int o = 16; o >= BATCH; o >>= 1) square += __shfl_xor_sync(ALL_LANES, square, o);
-  if (lane < BATCH) own_squares[warp][lane] = square;
+  square += __shfl_xor_sync(ALL_LANES, square, BATCH);  // the other row of the pair
+  int pair = lane / BATCH / 2;
+  if (lane < ROWS * BATCH && lane / BATCH % 2 == 0) own_squares[warp * (ROWS / 2) + pair][m] = square;
   __syncthreads();
-  if (threadIdx.x < BATCH) {
+  if (threadIdx.x < ROWS / 2 * BATCH) {
+    int group = threadIdx.x / BATCH;
     float total = 0.f;
-    for (int i = 0; i < WARPS; i++) total += own_squares[i][threadIdx.x];
-    squares[threadIdx.x * gridDim.x + blockIdx.x] = total;
+    for (int i = 0; i < WARPS; i++) total += own_squares[group * WARPS + i][threadIdx.x % BATCH];
+    int parts = gridDim.x * (ROWS / 2);
+    squares[threadIdx.x % BATCH * parts + blockIdx.x * (ROWS / 2) + group] = total;
   }
 }
 

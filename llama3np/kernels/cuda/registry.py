@@ -104,10 +104,13 @@ def weight_kernel(entry: str, format: str, aligned: bool = True, batch: int = 1)
     aligned: rows begin at multiples of 16 bytes. Formats that are not VECTORED never count as such.
     """
     scalar = not (aligned and format in VECTORED)
-    rows = 2 if scalar or format in PLAIN else 4
+    few = scalar or format in PLAIN or (format in ("Q8_0", "Q6_K") and batch <= 2)
+    rows = 2 if few else 4  # of a warp: what it holds of each, now and next, has to fit registers
     defines = {"FORMAT": FORMATS.index(format), "SCALAR": int(scalar), "BATCH": batch, "ROWS": rows}
     files = ("formats.cu", "pieces.cu", "product.cu")
-    return Kernel(entry, files, tuple(defines.items()), PLAIN.get(format, np.dtype(np.uint8)), registers=128)
+    registers = 255 if scalar else 128 if batch <= 2 else 192
+    stored = PLAIN.get(format, np.dtype(np.uint8))
+    return Kernel(entry, files, tuple(defines.items()), stored, registers=registers)
 
 
 SWIGLU = weight_kernel("swiglu", "F32")
@@ -117,6 +120,11 @@ def block_rows(kernel: Kernel) -> int:
     """Rows of the weight (pairs of rows, of gate_up) that a block of this product has."""
     rows = WARPS * dict(kernel.defines)["ROWS"]
     return rows // 2 if kernel.entry == "gate_up" else rows
+
+
+def square_parts(kernel: Kernel) -> int:
+    """Sums of squares that a block of the product "add" leaves: one for 16 rows."""
+    return dict(kernel.defines)["ROWS"] // 2
 
 
 def row_kernel(entry: str, format: str) -> Kernel:
@@ -129,7 +137,7 @@ def attention_kernel(entry: str, head: int, group: int, cached: np.dtype, pairin
     """A part of a decode step's attention: "turn", "attend" or "combine"."""
     defines = {"HEAD": head, "GROUP": group, "PAIRING": int(pairing == "half"), "CACHED": CACHED.index(cached)}
     defines |= _shape(head, group, cached.itemsize)
-    return Kernel(entry, ("attend.cu",), tuple(defines.items()), cached=cached, registers=168)
+    return Kernel(entry, ("attend.cu",), tuple(defines.items()), cached=cached, registers=160)
 
 
 def _shape(head: int, group: int, itemsize: int) -> dict[str, int]:
@@ -161,7 +169,7 @@ def prefill_kernel(head: int, cached: np.dtype) -> Kernel:
     """Attention of many queries, by blocks of queries and keys: "attend_block"."""
     size = 32 if head <= 128 else 16
     defines = {"HEAD": head, "CACHED": CACHED.index(cached), "QUERIES": size, "KEYS": size}
-    return Kernel("attend_block", ("prefill.cu",), tuple(defines.items()), cached=cached, registers=128)
+    return Kernel("attend_block", ("prefill.cu",), tuple(defines.items()), cached=cached, registers=144)
 
 
 # ---- all of them, for the gates ----------------------------------------------------------------------
@@ -178,9 +186,10 @@ def every_kernel() -> Iterator[Kernel]:
     yield SWIGLU
     for format, entry in product(FORMATS, ("widen", "take", "embed")):
         yield row_kernel(entry, format)
-    for (head, group), cached, pairing in product(HEAD_SHAPES, CACHED, ("interleaved", "half")):
+    for (head, group), cached in product(HEAD_SHAPES, CACHED):
         for entry in ("turn", "attend", "combine"):
-            yield attention_kernel(entry, head, group, cached, pairing)
+            yield attention_kernel(entry, head, group, cached, "interleaved")
+        yield attention_kernel("turn", head, group, cached, "half")
     yield from map(token_kernel, ("obey", "pick", "settle"))
     for (head, _), cached in product(HEAD_SHAPES, CACHED):
         yield prefill_kernel(head, cached)

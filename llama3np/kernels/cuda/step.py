@@ -307,7 +307,7 @@ class Step:
             w=stored(w), N=N, K=K, x=x_MX, x_pitch=x_MX.shape[1], rounded=self.model.rounded,
             y=b.h_MD, y_pitch=b.h_MD.shape[1], squares=b.squares,
         )  # fmt: skip
-        self.parts = blocks
+        self.parts = blocks * registry.square_parts(kernel)
 
     def _choose(self) -> None:
         b, V = self.buffers, self.model.config.vocab_size
