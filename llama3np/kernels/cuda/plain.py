@@ -39,6 +39,11 @@ class CupyEngine:
         multiply = partial(product, rounded=profile.rounded)
         self.tapped = model.PLAIN._replace(linear=partial(linear, multiply=multiply))
 
+    def untapped(self, cache: Cache) -> model.Ops:
+        """The operations of a call without a tap."""
+        by_blocks = partial(attention, longest=int(cache.lengths_B.max()))
+        return self.tapped._replace(attention=by_blocks)
+
     def forward(
         self, ids_BT: Any, cache: Cache, new_B: Any = None, tap: Any = None, last_only: bool = True
     ) -> np.ndarray:
@@ -46,10 +51,7 @@ class CupyEngine:
 
         Raises InputError as model.forward does, and where the device's memory does not suffice.
         """
-        ops = self.tapped
-        if tap is None:
-            by_blocks = partial(attention, longest=int(cache.lengths_B.max()))
-            ops = ops._replace(attention=by_blocks)
+        ops = self.untapped(cache) if tap is None else self.tapped
         c, dtype = self.config, self.profile.dtype
         try:
             with on(self.device):
