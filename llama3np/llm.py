@@ -105,9 +105,9 @@ class Llama:
         """
         if self.device.kind == "cpu":
             return stored(params)
-        from llama3np.kernels.cuda.loading import device_bytes, device_params
+        from llama3np.kernels.cuda.loading import device_params
 
-        weights = sum(map(device_bytes, named(params, self.config.tied).values()))
+        weights = sum(w.nbytes for w in named(params, self.config.tied).values())
         wish = fit.Wish(
             self.config,
             weights,
@@ -396,8 +396,8 @@ def load(
     rope_factor: of a Meta directory with use_scaled_rope, whose files do not tell it; 32 for the
     widths of 3.2 1B and 3B, else 8, if None.
     engine: "numpy", or "numba" for compiled kernels (the extra `fast`); that where it is installed,
-    if None. On a CUDA device "cupy", the plain operations, or "cuda", kernels of ours; that where
-    it is there, if None. threads: as many as there are physical cores, if None. kv_dtype: what keys and values
+    if None. On a CUDA device "cuda", by kernels of ours, or "cupy", the plain operations; "cuda" if
+    None. threads: as many as there are physical cores, if None. kv_dtype: what keys and values
     are stored as, "f32", "bf16" or "f16"; the profile's own type if None. prefill_chunk: tokens of
     a prompt that go through the model at once, over all rows.
     Raises InputError, in one sentence, for whatever cannot be used, and of it CheckpointError if

@@ -34,13 +34,20 @@ def python(code, **env):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("cpu", ("cpu", 0)), ("cuda", ("cuda", 0)), ("cuda:0", ("cuda", 0)), ("cuda:12", ("cuda", 12))],
+    [
+        ("cpu", ("cpu", 0)),
+        ("cuda", ("cuda", 0)),
+        ("cuda:0", ("cuda", 0)),
+        ("cuda:12", ("cuda", 12)),
+    ],
 )
 def test_names_of_devices(name, expected):
     assert backend.parse_device(name) == expected
 
 
-@given(st.text(max_size=8) | st.sampled_from(["cuda:", "cuda:-1", "cuda:x", "CUDA", "gpu", "cpu:1"]))
+@given(
+    st.text(max_size=8) | st.sampled_from(["cuda:", "cuda:-1", "cuda:x", "CUDA", "gpu", "cpu:1"])
+)
 def test_any_other_name_is_refused_in_a_sentence(name):
     try:
         device = backend.parse_device(name)
@@ -107,7 +114,7 @@ def test_without_a_gpu_the_sentence_says_so_before_any_file_is_looked_for():
         ("cuBLAS", ImportError('Failure finding "libcublasLt.so.13"')),
     ],
 )
-def test_a_missing_part_of_the_toolkit_is_told_with_the_command(device, monkeypatch, part, error):
+def test_a_missing_part_of_the_toolkit_is_told_with_the_command(softcuda, monkeypatch, part, error):
     import cupy
 
     def missing(*_):
@@ -124,7 +131,7 @@ def test_a_missing_part_of_the_toolkit_is_told_with_the_command(device, monkeypa
     assert "\n" not in str(raised.value)
 
 
-def test_a_number_that_no_gpu_has_is_refused(device):
+def test_a_number_that_no_gpu_has_is_refused(softcuda):
     with pytest.raises(InputError, match=r"device: expected cuda:0 \(there are 1\), found cuda:7"):
         backend.use(backend.parse_device("cuda:7"))
 
@@ -132,7 +139,8 @@ def test_a_number_that_no_gpu_has_is_refused(device):
 # ---- arrays -------------------------------------------------------------------------------------
 
 
-def test_to_host_gives_the_numbers_of_either_module(device):
+@pytest.mark.gpu
+def test_to_host_gives_the_numbers_of_either_module():
     import cupy
 
     ours = np.arange(6.0).reshape(2, 3)
@@ -140,7 +148,8 @@ def test_to_host_gives_the_numbers_of_either_module(device):
     np.testing.assert_array_equal(backend.to_host(cupy.asarray(ours)), ours)
 
 
-def test_device_ids_are_checked_on_the_host_too(device):
+@pytest.mark.gpu
+def test_device_ids_are_checked_on_the_host_too():
     import cupy
 
     np.testing.assert_array_equal(backend.host_ids(cupy.asarray([[1, 2]]), 3), [[1, 2]])
@@ -152,7 +161,9 @@ def test_device_ids_are_checked_on_the_host_too(device):
 
 
 def test_each_device_has_its_own_engines():
-    with pytest.raises(InputError, match=r"expected one of numpy, numba \(on the cpu\), found 'cupy'"):
+    with pytest.raises(
+        InputError, match=r"expected one of numpy, numba \(on the cpu\), found 'cupy'"
+    ):
         engine_class("cupy")
     with pytest.raises(InputError, match=r"expected one of cupy.* \(on cuda\), found 'numba'"):
         engine_class("numba", backend.Device("cuda"))

@@ -5,7 +5,7 @@ import numpy as np
 import paths
 import pytest
 from checks import assert_close, assert_same, difference
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from noise import NOISE, ULP32, noise, oracle_taps
 from strategies import STORED, Model, models, padded, ragged_runs, runs, splits
@@ -18,7 +18,9 @@ from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.llm import Llama
 
-SMALL = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+pytestmark = pytest.mark.gpu  # those that take softcuda are for that device alone
+
+SMALL = settings(max_examples=100)  # an eighth of them on CuPy
 TINY = Model(Config(24, 2, 6, 2, 4, 40, 31, rope_pairing="half", tied=False), 1)
 STORIES = ("bos_only", "tim")
 
@@ -43,7 +45,7 @@ def fed(llm, ids, parts):
 
 @SMALL
 @given(runs(), st.data())
-def test_logits_are_as_near_the_oracle_as_float32_is(device, run_of, data):
+def test_logits_are_as_near_the_oracle_as_float32_is(run_of, data):
     model, ids = run_of
     found = fed(on_device(model), ids, data.draw(splits(len(ids))))
     truth = oracle_taps(model, ids)
@@ -55,7 +57,7 @@ def test_logits_are_as_near_the_oracle_as_float32_is(device, run_of, data):
 
 @SMALL
 @given(runs(), st.data())
-def test_in_float64_it_is_the_oracle(device, run_of, data):
+def test_in_float64_it_is_the_oracle(run_of, data):
     model, ids = run_of
     found = fed(on_device(model, dtype="float64"), ids, data.draw(splits(len(ids))))
     assert_close(found, oracle_taps(model, ids)["logits"], 1e-10, "logits")
@@ -63,7 +65,7 @@ def test_in_float64_it_is_the_oracle(device, run_of, data):
 
 @SMALL
 @given(ragged_runs(min_rows=2))
-def test_rows_of_a_ragged_batch_equal_each_row_alone(device, run_of):
+def test_rows_of_a_ragged_batch_equal_each_row_alone(run_of):
     model, rows, pad = run_of
     llm = on_device(model)
     ids_BT, lengths = padded(rows, pad)
@@ -78,7 +80,7 @@ def test_rows_of_a_ragged_batch_equal_each_row_alone(device, run_of):
 
 @SMALL
 @given(runs())
-def test_a_tap_is_shown_device_arrays_of_the_oracles_numbers(device, run_of):
+def test_a_tap_is_shown_device_arrays_of_the_oracles_numbers(run_of):
     import cupy
 
     model, ids = run_of
@@ -96,7 +98,7 @@ def test_a_tap_is_shown_device_arrays_of_the_oracles_numbers(device, run_of):
 
 @pytest.mark.parametrize("kv", ["f32", "bf16", "f16"])
 @pytest.mark.parametrize("stored", STORED)
-def test_keys_and_values_are_stored_as_on_the_cpu(device, stored, kv):
+def test_keys_and_values_are_stored_as_on_the_cpu(stored, kv):
     model = Model(TINY.config, 3, stored)
     ours = on_device(model, kv_dtype=kv)
     theirs = Llama(model.config, model.params, engine="numpy", kv_dtype=kv)
@@ -106,7 +108,7 @@ def test_keys_and_values_are_stored_as_on_the_cpu(device, stored, kv):
     assert_close(found, expected, {"f32": 1e-5, "f16": 2**-11, "bf16": 2**-8}[kv], "logits")
 
 
-def test_bf16_mm_is_that_of_the_cpu(device):
+def test_bf16_mm_is_that_of_the_cpu():
     """Rounded activations, and products that sum in float32: not those of bfloat16."""
     model = Model(Config(256, 2, 8, 2, 32, 512, 70), 5, "bfloat16")
     ids = list(range(40))
@@ -120,7 +122,7 @@ def test_bf16_mm_is_that_of_the_cpu(device):
     assert difference(found, expected) < floor / 2 < difference(found, exact)
 
 
-def test_bf16_mm_refuses_other_weights(device):
+def test_bf16_mm_refuses_other_weights():
     with pytest.raises(InputError, match="embed_VD: the profile bf16-mm multiplies bfloat16"):
         on_device(TINY, dtype="bf16-mm")
 
@@ -133,7 +135,7 @@ def test_bf16_mm_refuses_other_weights(device):
     st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.sampled_from(STORED),
     st.integers(1, 40), st.integers(0, 99),
 )  # fmt: skip
-def test_a_product_by_tiles_is_the_product(device, M, K, N, stored, tile, seed):  # noqa: N803
+def test_a_product_by_tiles_is_the_product(M, K, N, stored, tile, seed):  # noqa: N803
     """Within the error of a float32 sum of K exact weights, tiles of any size."""
     import cupy
 
@@ -152,7 +154,7 @@ def test_a_product_by_tiles_is_the_product(device, M, K, N, stored, tile, seed):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_a_16_bit_product_is_summed_and_given_in_float32(device, dtype):
+def test_a_16_bit_product_is_summed_and_given_in_float32(softcuda, dtype):
     import cupy
 
     from llama3np.kernels.cuda import gemm
@@ -163,17 +165,23 @@ def test_a_16_bit_product_is_summed_and_given_in_float32(device, dtype):
     expected = x_MK.astype(np.float64) @ w_NK.astype(np.float64).T
     assert found.dtype == np.float32
     assert_close(found, expected, 300 * 2.0**-23, "product")
-    assert device.stats()["kernels"]["cublas::gemmEx"] == 1
+    assert softcuda.stats()["kernels"]["cublas::gemmEx"] == 1
 
 
-def test_a_product_of_strange_operands_is_refused(device):
+def test_a_product_of_strange_operands_is_refused():
     import cupy
 
     from llama3np.kernels.cuda import gemm
 
     x, w, y = (cupy.zeros(shape, np.float32) for shape in ((2, 3), (4, 3), (2, 4)))
     half = x.astype(np.float16)
-    for operands in ((x, w[:, :2], y), (half, w, y), (half, half, y), (x, w, y[:, :3]), (x[:, ::2], w, y)):
+    for operands in (
+        (x, w[:, :2], y),
+        (half, w, y),
+        (half, half, y),
+        (x, w, y[:, :3]),
+        (x[:, ::2], w, y),
+    ):
         with pytest.raises(ValueError, match="expected"):
             gemm.multiply(*operands)
     with pytest.raises(ValueError, match="contiguous rows"):
@@ -182,7 +190,7 @@ def test_a_product_of_strange_operands_is_refused(device):
 
 @SMALL
 @given(ragged_runs(), st.sampled_from([1, 7, 64, 300]), st.data())
-def test_attention_by_blocks_is_attention(device, run_of, scores, data):
+def test_attention_by_blocks_is_attention(run_of, scores, data):
     """With so few scores at a time that rows, queries and keys are all cut; after any context."""
     model, rows, pad = run_of
     ids_BT, lengths = padded(rows, pad)
@@ -204,39 +212,39 @@ def test_attention_by_blocks_is_attention(device, run_of, scores, data):
 # ---- what goes over the bus, and what is held ---------------------------------------------------
 
 
-def counts(device, work):
+def counts(softcuda, work):
     import cupy
 
     cupy.cuda.Device().synchronize()
-    device.reset()
+    softcuda.reset()
     work()
-    return device.stats()
+    return softcuda.stats()
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
-def test_a_call_moves_ids_and_places_there_and_logits_back(device, tokens, stored):
+def test_a_call_moves_ids_and_places_there_and_logits_back(softcuda, tokens, stored):
     """Seven small arrays to the device whatever the number of layers, the logits back: no more."""
     for layers in (1, 3):
         config = Config(24, layers, 6, 2, 4, 40, 31)
         llm = on_device(Model(config, 1, stored))
         cache = llm.new_cache(1, 32)
         llm.forward([1, 2, 3], cache)
-        found = counts(device, lambda: llm.forward([4] * tokens, cache, last_only=True))  # noqa: B023
+        found = counts(softcuda, lambda: llm.forward([4] * tokens, cache, last_only=True))  # noqa: B023
         assert (found["h2d"], found["d2h"]) == (7, 1)
         assert found["h2d_bytes"] <= 8 * (2 + 5 * tokens) + 4 * config.head_dim
         assert found["d2h_bytes"] == 4 * config.vocab_size
         assert found["syncs"] == 1  # that of the copy back
 
 
-def test_launches_of_a_decode_step_are_counted(device):
+def test_launches_of_a_decode_step_are_counted(softcuda):
     """So that a regression shows. The fast engine is for fewer."""
     launches = []
     for layers in (1, 2):
         llm = on_device(Model(Config(24, layers, 6, 2, 4, 40, 31), 1))
         cache = llm.new_cache(1, 32)
         llm.forward([1, 2, 3], cache)
-        launches.append(counts(device, lambda: llm.forward([4], cache))["launches"])  # noqa: B023
+        launches.append(counts(softcuda, lambda: llm.forward([4], cache))["launches"])  # noqa: B023
     per_layer = launches[1] - launches[0]
     assert (per_layer, launches[0] - per_layer) == (70, 14)
 
@@ -252,7 +260,7 @@ GREEDY_FOR = (
 
 
 @pytest.mark.parametrize("config", GREEDY_FOR)
-def test_the_workspace_that_is_planned_is_above_what_is_used(device, monkeypatch, config):
+def test_the_workspace_that_is_planned_is_above_what_is_used(softcuda, monkeypatch, config):
     """Every array an allocation of its own; and for some call the plan is nearly all used."""
     import cupy
 
@@ -265,28 +273,30 @@ def test_the_workspace_that_is_planned_is_above_what_is_used(device, monkeypatch
             llm = on_device(Model(config, 1, "bfloat16"), kv_dtype=kv)
             cache = llm.new_cache(1, 300)
             llm.forward([1] * (300 - tokens), cache, last_only=True)
-            before = device.stats()["live_bytes"]
-            device.reset()
+            before = softcuda.stats()["live_bytes"]
+            softcuda.reset()
             llm.forward([1] * tokens, cache)
-            used = device.stats()["peak_bytes"] - before
+            used = softcuda.stats()["peak_bytes"] - before
             shares.append(used / cost.workspace_bytes(config, tokens, 300))
     finally:
         cupy.cuda.set_allocator(old)
     assert 0.75 < max(shares) <= 1
 
 
-def test_a_model_that_does_not_fit_is_told_before_anything_is_allocated(device, monkeypatch):
+def test_a_model_that_does_not_fit_is_told_before_anything_is_allocated(softcuda, monkeypatch):
     import cupy
 
     monkeypatch.setattr(cupy.cuda.runtime, "memGetInfo", lambda: (10**8, 10**9))
     cupy.get_default_memory_pool().free_all_blocks()
-    before = device.stats()["mallocs"]
-    with pytest.raises(InputError, match=r"device: does not fit: cuda:0: .* 0.10 GB of 1.00 GB free"):
+    before = softcuda.stats()["mallocs"]
+    with pytest.raises(
+        InputError, match=r"device: does not fit: cuda:0: .* 0.10 GB of 1.00 GB free"
+    ):
         on_device(TINY)
-    assert device.stats()["mallocs"] - before <= 2  # of the trial that the device computes
+    assert softcuda.stats()["mallocs"] - before <= 2  # of the trial that the device computes
 
 
-def test_running_out_of_memory_is_a_sentence(device, monkeypatch):
+def test_running_out_of_memory_is_a_sentence(monkeypatch):
     import cupy
 
     llm = on_device(TINY)
@@ -308,7 +318,7 @@ def test_running_out_of_memory_is_a_sentence(device, monkeypatch):
 
 @SMALL
 @given(models(), st.data())
-def test_trim_reset_and_fork_on_the_device(device, model, data):
+def test_trim_reset_and_fork_on_the_device(model, data):
     V = model.config.vocab_size
     ids = data.draw(st.lists(st.integers(0, V - 1), min_size=2, max_size=8))
     llm = on_device(model)
@@ -324,35 +334,37 @@ def test_trim_reset_and_fork_on_the_device(device, model, data):
     assert_close(llm.forward(ids, cache.reset())[0, -1], whole, 1e-4, "after reset")
 
 
-def test_a_fork_moves_its_rows_once(device):
+def test_a_fork_moves_its_rows_once(softcuda):
     llm = on_device(TINY)
     cache = llm.new_cache(2, 16)
     llm.forward([[1, 2], [3, 4]], cache)
-    assert counts(device, lambda: cache.fork([1]))["h2d"] == 1
+    assert counts(softcuda, lambda: cache.fork([1]))["h2d"] == 1
 
 
 # ---- end to end ---------------------------------------------------------------------------------
 
 
-def test_generation_batches_sampling_and_scores_are_those_of_numpy(device):
+def test_generation_batches_sampling_and_scores_are_those_of_numpy():
     ours = on_device(TINY)
     theirs = Llama(TINY.config, TINY.params, engine="numpy", max_seq_len=32)
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
     for options in ({}, {"temperature": 0.9, "top_k": 9, "top_p": 0.9, "seed": 3}):
-        found, expected = (llm.generate(prompts, 12, logprobs=True, **options) for llm in (ours, theirs))
+        found, expected = (
+            llm.generate(prompts, 12, logprobs=True, **options) for llm in (ours, theirs)
+        )
         assert [c.ids for c in found] == [c.ids for c in expected]
         for ours_c, theirs_c in zip(found, expected, strict=True):
             np.testing.assert_allclose(ours_c.logprobs, theirs_c.logprobs, atol=1e-5)
     np.testing.assert_allclose(ours.score(prompts[2]), theirs.score(prompts[2]), atol=1e-5)
 
 
-def test_bits_are_the_same_run_after_run(device):
+def test_bits_are_the_same_run_after_run():
     one, two = (fed(on_device(TINY), [1, 2, 3, 4], [2, 1, 1]) for _ in range(2))
     assert_same(one, two, "logits")
 
 
 @pytest.mark.parametrize("name", STORIES)
-def test_stories_generates_the_reference_ids(device, name):
+def test_stories_generates_the_reference_ids(name):
     import json
 
     golden = json.loads(paths.shared("goldens/stories260k.json").read_text(encoding="utf-8"))
@@ -366,7 +378,7 @@ def test_stories_generates_the_reference_ids(device, name):
     assert np.abs(logits_V[top5["top5_ids"]] - top5["top5_logits"]).max() < 1e-3
 
 
-def test_a_checkpoint_of_many_tensors_tells_its_way_to_the_device(device):
+def test_a_checkpoint_of_many_tensors_tells_its_way_to_the_device():
     told = []
     llm = llama3np.load(
         paths.shared("data/stories260K-hf"), device="cuda", engine="cupy",

@@ -53,7 +53,9 @@ def test_what_does_not_fit_is_told_with_what_would():
 
 
 def test_a_shorter_context_and_a_smaller_cache_are_proposed_where_they_do():
-    with pytest.raises(InputError, match=r"What fits: --max-seq-len (\d+); --kv-dtype bf16;") as raised:
+    with pytest.raises(
+        InputError, match=r"What fits: --max-seq-len (\d+); --kv-dtype bf16;"
+    ) as raised:
         fit.check(wish(LLAMA_8B), "cuda:0", 18_500_000_000, 24 * GIB)
     context = int(re.search(r"--max-seq-len (\d+)", str(raised.value))[1])
     fit.check(wish(LLAMA_8B, context=context), "cuda:0", 18_500_000_000, 24 * GIB)

@@ -13,20 +13,23 @@ from llama3np import params as tree
 from llama3np.backend import to_host
 from llama3np.kernels import Joined
 from llama3np.kernels.blocks import Blocks
+from llama3np.kernels.ggml import FORMATS
 from llama3np.load.lazy import Lazy
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16, np.uint8, np.float64)
-on_a_device = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+on_a_device = settings(
+    max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)  # an eighth of them
 
 
 @pytest.fixture
-def staging(device):
+def staging(softcuda):
     """The module, on a device that does its work as late as it may."""
     import cupy
 
     from llama3np.kernels.cuda import staging
 
-    device.config(deferred=True)
+    softcuda.config(deferred=True)
     yield staging
     cupy.cuda.Device().synchronize()
 
@@ -63,7 +66,7 @@ def test_every_bit_arrives_through_buffers_of_any_size(staging, pairs, size):
         assert bits(found) == bits(expected)
 
 
-def test_memory_that_kernels_still_write_to_is_not_overtaken(staging, device):
+def test_memory_that_kernels_still_write_to_is_not_overtaken(staging):
     """A freed array's memory goes to the next one, while the kernel that fills it waits its turn."""
     import cupy
 
@@ -82,7 +85,9 @@ def test_a_buffer_is_filled_while_the_device_takes_the_other(staging, monkeypatc
 
     sent, send = [], cupy.cuda.runtime.memcpyAsync
     monkeypatch.setattr(
-        cupy.cuda.runtime, "memcpyAsync", lambda to, at, *rest: sent.append(at) or send(to, at, *rest)
+        cupy.cuda.runtime,
+        "memcpyAsync",
+        lambda to, at, *rest: sent.append(at) or send(to, at, *rest),
     )
     with staging.Staging(16) as context:
         context.put(np.arange(20, dtype=np.float32))
@@ -93,16 +98,19 @@ def test_a_buffer_is_filled_while_the_device_takes_the_other(staging, monkeypatc
 
 def test_what_is_too_short_is_no_tensor(staging):
     lazy = Lazy((4,), np.dtype(np.float32), lambda: iter((np.zeros(3, np.float32),)))
-    with pytest.raises(ValueError, match="expected 16 bytes, found 12"), staging.Staging() as context:
+    with (
+        pytest.raises(ValueError, match="expected 16 bytes, found 12"),
+        staging.Staging() as context,
+    ):
         context.put(lazy)
 
 
 # ---- whole models -------------------------------------------------------------------------------
 
 
-@on_a_device
+@pytest.mark.gpu
 @given(models())
-def test_a_model_arrives_with_its_bits_and_its_progress(device, model):
+def test_a_model_arrives_with_its_bits_and_its_progress(model):
     from llama3np.kernels.cuda.loading import device_params
 
     told = []
@@ -117,7 +125,21 @@ def test_a_model_arrives_with_its_bits_and_its_progress(device, model):
     assert list(dict.fromkeys(names)) == list(ours)
 
 
-def test_blocks_arrive_as_the_numbers_they_mean(device):
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [n for n, form in FORMATS.items() if form.weights > 1])
+def test_blocks_are_laid_out_part_by_part_as_in_one_go(name):
+    from llama3np.kernels.cuda.weights import pieces, repack
+
+    form = FORMATS[name]
+    stored_NC = np.random.default_rng(0).integers(0, 256, (7, 3 * form.nbytes), np.uint8)
+    for weights in (1, 6 * form.weights, 1 << 20):
+        parts = [part.reshape(-1) for part in pieces(name, stored_NC, weights)]
+        assert max(map(len, parts)) <= max(3 * form.nbytes, weights * form.nbytes // form.weights)
+        np.testing.assert_array_equal(np.concatenate(parts), repack(name, stored_NC))
+
+
+@pytest.mark.gpu
+def test_blocks_arrive_as_the_numbers_they_mean():
     from llama3np.config import Config
     from llama3np.kernels.cuda.loading import device_params
     from llama3np.kernels.cuda.plain import product

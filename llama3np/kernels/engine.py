@@ -28,7 +28,7 @@ from llama3np.params import Params, named
 from llama3np.threads import Pool, available_cores, single_threaded_blas
 
 ENGINES = ("numpy", "numba")
-# Name -> module and class, of those on a CUDA device, the usual one last.
+# Name -> module and class, of those on a CUDA device; cuda if none is named.
 CUDA_ENGINES = {
     "cupy": ("llama3np.kernels.cuda.plain", "CupyEngine"),
     "cuda": ("llama3np.kernels.cuda.engine", "CudaEngine"),
@@ -139,16 +139,11 @@ def engine_class(name: str | None, device: Device = CPU) -> type[Any]:
     return CompiledEngine
 
 
-def cuda_engines() -> list[str]:
-    """The names of CUDA_ENGINES that this installation has, the usual one last."""
-    return [name for name, (module, _) in CUDA_ENGINES.items() if find_spec(module)]
-
-
 def _cuda_class(name: str | None) -> type[Any]:
-    known = cuda_engines()
-    if name not in (None, *known):
-        raise InputError(f"engine: expected one of {', '.join(known)} (on cuda), found {name!r}")
-    module, kind = CUDA_ENGINES[name or known[-1]]
+    if name not in (None, *CUDA_ENGINES):
+        of = ", ".join(CUDA_ENGINES)
+        raise InputError(f"engine: expected one of {of} (on cuda), found {name!r}")
+    module, kind = CUDA_ENGINES[name or "cuda"]
     return getattr(import_module(module), kind)
 
 

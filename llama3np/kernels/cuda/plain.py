@@ -77,18 +77,20 @@ def out_of_memory(device: Device, error: Exception) -> InputError:
 def product(x_MK: Any, w: Any, rounded: bool = False) -> Any:
     """x_MK @ w.T as (M, N) in the type of x: weights exact, sums in that type.
 
+    w: an array, or weights.DeviceBlocks, whose rows a kernel of ours widens.
+
     rounded: activations to bfloat16, for a bfloat16 weight, which then enters as it is stored.
     """
     if rounded:
         return gemm.product(x_MK.astype(ml_dtypes.bfloat16), w)
-    if w.dtype == x_MK.dtype:
+    if isinstance(w, cupy.ndarray) and w.dtype == x_MK.dtype:
         return gemm.product(x_MK, w)
     n_out, n_in = w.shape
     step = max(1, cost.TILE // n_in)
     y_MN = cupy.empty((len(x_MK), n_out), x_MK.dtype)
     for start in range(0, n_out, step):
         stop = min(start + step, n_out)
-        gemm.multiply(x_MK, w[start:stop].astype(x_MK.dtype), y_MN[:, start:stop])
+        gemm.multiply(x_MK, w[start:stop].astype(x_MK.dtype, copy=False), y_MN[:, start:stop])
     return y_MN
 
 
