@@ -76,10 +76,10 @@ class Device(NamedTuple):
     """Where to compute: the processor, or a CUDA device by its number in this machine."""
 
     kind: str  # "cpu" or "cuda"
-    index: int = 0
+    number: int = 0
 
     def __str__(self) -> str:
-        return self.kind if self.kind == "cpu" else f"cuda:{self.index}"
+        return self.kind if self.kind == "cpu" else f"cuda:{self.number}"
 
 
 CPU = Device("cpu")
@@ -106,7 +106,7 @@ def on(device: Device) -> Iterator[Any]:
         yield np
         return
     cupy = cupy_module()
-    with cupy.cuda.Device(device.index):
+    with cupy.cuda.Device(device.number):
         yield cupy
 
 
@@ -136,7 +136,7 @@ def use(device: Device) -> Any:
             "--device cpu computes without"
         )
     count = cupy.cuda.runtime.getDeviceCount()
-    if device.index >= count:
+    if device.number >= count:
         last = f"cuda:{count - 1}"
         expected = last if count == 1 else f"cuda:0 to {last}"
         raise InputError(f"device: expected {expected} (there are {count}), found {device}")

@@ -218,3 +218,38 @@ def roofline(
     GPUs the exchange between them, take from it.
     """
     return batch * bandwidth / bytes_per_step(config, format, context, batch, dtype)
+
+
+class Gpu(NamedTuple):
+    """A card as its data sheet has it."""
+
+    name: str
+    memory: int
+    bandwidth: float  # bytes a second
+
+
+# NVIDIA's data sheets: RTX 3060 12 GB (GDDR6, 192 bit), RTX 4090, A100 80 GB SXM, H100 SXM.
+GPUS = (
+    Gpu("RTX 3060 12 GB", 12 << 30, 360e9),
+    Gpu("RTX 4090", 24 << 30, 1008e9),
+    Gpu("A100 80 GB", 80 << 30, 2039e9),
+    Gpu("H100 80 GB", 80 << 30, 3350e9),
+)
+# Seconds from the end of a kernel in a CUDA graph to the start of the next: an assumption, which
+# selftest and tools/bench_cuda.py do not measure (launch_us is that of single launches).
+BETWEEN_KERNELS = 1.5e-6
+
+
+def step_kernels(config: Config) -> int:
+    """Kernels of one decode step of the engine cuda, weights of one format: kernels/cuda/step.py."""
+    return 7 * config.n_layers + 3
+
+
+def predicted_step(config: Config, format: str, context: int, dtype: str, bandwidth: float) -> float:
+    """Seconds of a decode step of one row: bytes / bandwidth + kernels. A prediction, not measured.
+
+    No GPU reads at the bandwidth of its data sheet, so the time will be longer: 0.8 to 0.9 of that
+    bandwidth would be good.
+    """
+    nbytes = bytes_per_step(config, format, context, 1, dtype)
+    return nbytes / bandwidth + step_kernels(config) * BETWEEN_KERNELS

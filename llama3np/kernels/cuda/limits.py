@@ -76,7 +76,7 @@ def best(work: Callable[[], Any]) -> float:
 def describe(device: Device) -> dict[str, Any]:
     """The device, its driver and the libraries in use, for reports."""
     with on(device):
-        facts = cupy.cuda.runtime.getDeviceProperties(device.index)
+        facts = cupy.cuda.runtime.getDeviceProperties(device.number)
         name = facts["name"]
         free, total = free_memory(device)
         return {
