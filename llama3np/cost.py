@@ -241,11 +241,13 @@ BETWEEN_KERNELS = 1.5e-6
 
 
 def step_kernels(config: Config) -> int:
-    """Kernels of one decode step of the engine cuda, weights of one format: kernels/cuda/step.py."""
+    """Kernels of a decode step of the engine cuda, all of one format: kernels/cuda/step.py."""
     return 7 * config.n_layers + 3
 
 
-def predicted_step(config: Config, format: str, context: int, dtype: str, bandwidth: float) -> float:
+def predicted_step(
+    config: Config, format: str, context: int, dtype: str, bandwidth: float
+) -> float:
     """Seconds of a decode step of one row: bytes / bandwidth + kernels. A prediction, not measured.
 
     No GPU reads at the bandwidth of its data sheet, so the time will be longer: 0.8 to 0.9 of that

@@ -388,7 +388,8 @@ def load(
 
     path: the file or directory, or the name of a model installed here ("smollm2").
     device: "cpu", "cuda" or "cuda:1"; a plan of the memory of a CUDA device is logged (logger
-    "llama3np", level INFO) before anything is allocated there. dtype: the profile, "float32", "float64", or "bf16-mm" for bf16 weights.
+    "llama3np", level INFO) before anything is allocated there.
+    dtype: the profile, "float32", "float64", or "bf16-mm" for bf16 weights.
     max_seq_len: the most tokens of a prompt and its continuation; the model's own, and at most
     8192, if None.
     progress(done, total, name): is told the bytes that are read and converted; mapped ones are

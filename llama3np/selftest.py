@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -58,10 +59,10 @@ class Result(NamedTuple):
     detail: str
 
 
-Check = Callable[[], str]  # what was seen, or an exception: a Mismatch, or whatever went wrong
+Check = Callable[[], str]  # what was seen, or an exception: a MismatchError, or whatever went wrong
 
 
-class Mismatch(Exception):
+class MismatchError(Exception):
     """What was computed is not what it should be."""
 
 
@@ -76,7 +77,11 @@ def checks(device: Device, path: str | None) -> Iterator[Result]:
         try:
             yield Result(part, name, PASS, check())
         except Exception as error:
-            said = str(error) if isinstance(error, Mismatch) else f"{type(error).__name__}: {error}"
+            said = (
+                str(error)
+                if isinstance(error, MismatchError)
+                else f"{type(error).__name__}: {error}"
+            )
             yield Result(part, name, FAIL, " ".join(said.split()))
 
 
@@ -94,10 +99,10 @@ def _all(device: Device, path: str | None) -> Iterator[tuple[str, str, Check]]:
             about = f"{engine}: {count} ragged rows"
             yield "batches", about, _case(device, engine, WIDE, ROWS[:count])
     if device.kind == "cuda":
-        yield "graph", "replay against single launches", lambda: selfcheck.replay(device)
+        yield "graph", "replay against single launches", partial(selfcheck.replay, device)
     if path is not None:
         for engine in engines:
-            yield "model", f"{path}, {engine}", lambda engine=engine: real(path, device, engine)
+            yield "model", f"{path}, {engine}", partial(real, path, device, engine)
 
 
 def engines_of(device: Device) -> list[str]:
@@ -131,7 +136,7 @@ def _case(
     device: Device, engine: str, config: Config, rows: Sequence[int], name: str = "BF16",
     kv: str = "f32",
 ) -> Check:  # fmt: skip
-    return lambda: agree(device, engine, config, rows, name, kv)
+    return partial(agree, device, engine, config, rows, name, kv)
 
 
 def agree(
@@ -139,7 +144,7 @@ def agree(
 ) -> str:
     """Prefill rows of these lengths, then decode, and compare every logit with the spec's.
 
-    Returns how far they were apart; raises Mismatch if that is more than float32 explains.
+    Returns how far they were apart; raises MismatchError if that is more than float32 explains.
     """
     rng = np.random.default_rng(0)
     params = made(config, name, rng)
@@ -155,12 +160,12 @@ def agree(
     allowed = NOISE * (np.abs(single - exact).max() / scale + ULP) + KV_SLACK[kv]
     told = f"{apart:.1e} of the largest logit, {allowed:.1e} allowed"
     if not apart <= allowed:  # NaN is not
-        raise Mismatch(told)
+        raise MismatchError(told)
     return told
 
 
 def fed(ids: list[list[int]], forward: Callable[[Any, Any], np.ndarray]) -> np.ndarray:
-    """The logits after all but the last STEPS ids of each row, and after each of these: (S, B, V)."""
+    """The logits after all but the last STEPS ids of each row, and after each of those: (S,B,V)."""
     prompts = [row[:-STEPS] for row in ids]
     logits = [forward(*pad(prompts))[:, 0]]
     ones_B = np.ones(len(ids), np.int64)
@@ -220,9 +225,9 @@ def real(path: str, device: Device, engine: str, new_tokens: int = 16) -> str:
     apart = float(np.abs(found[0] - expected[0]).max())
     told = f"logits {apart:.1e} apart ({LOGIT} allowed)"
     if not apart <= LOGIT:
-        raise Mismatch(told)
+        raise MismatchError(told)
     if found[1] != expected[1]:
-        raise Mismatch(f"{told}; greedy ids {found[1]}, expected {expected[1]}")
+        raise MismatchError(f"{told}; greedy ids {found[1]}, expected {expected[1]}")
     return f"{told}; {len(found[1])} greedy ids the same"
 
 

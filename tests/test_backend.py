@@ -1,11 +1,12 @@
 """backend.py: which device, and what is said where it cannot be used."""
 
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import llama3np
@@ -17,8 +18,6 @@ PIP = r'pip install "llama3np\[cuda13\]"'
 
 
 def python(code, **env):
-    import os
-
     return subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -45,16 +44,17 @@ def test_names_of_devices(name, expected):
     assert backend.parse_device(name) == expected
 
 
-@given(
-    st.text(max_size=8) | st.sampled_from(["cuda:", "cuda:-1", "cuda:x", "CUDA", "gpu", "cpu:1"])
-)
+@given(st.text(max_size=8).filter(lambda name: not name.startswith(("cpu", "cuda"))))
+@example("cuda:")
+@example("cuda:-1")
+@example("cuda:x")
+@example("cuda:0 ")
+@example("cuda:1\n")
+@example("cpu:1")
 def test_any_other_name_is_refused_in_a_sentence(name):
-    try:
-        device = backend.parse_device(name)
-    except InputError as error:
-        assert str(error) == f"device: expected cpu, cuda or cuda:N, found {name!r}"
-    else:
-        assert str(device) in (name, f"{name}:0")
+    with pytest.raises(InputError) as raised:
+        backend.parse_device(name)
+    assert str(raised.value) == f"device: expected cpu, cuda or cuda:N, found {name!r}"
 
 
 @pytest.mark.parametrize("name", [None, 0, "cuda:٣"])
@@ -73,7 +73,7 @@ def test_a_wrong_device_is_told_before_any_file_is_looked_for():
 
 def test_importing_the_package_and_its_commands_imports_no_cupy():
     code = (
-        "import sys, pkgutil, llama3np, llama3np.llm, llama3np.bench, llama3np.verify, llama3np.fit\n"
+        "import sys, llama3np, llama3np.llm, llama3np.bench, llama3np.verify, llama3np.fit\n"
         "import llama3np.cli, llama3np.cli.generate, llama3np.cli.selftest, llama3np.selftest\n"
         "assert not [m for m in sys.modules if m.partition('.')[0].startswith('cupy')]"
     )
@@ -165,5 +165,5 @@ def test_each_device_has_its_own_engines():
         InputError, match=r"expected one of numpy, numba \(on the cpu\), found 'cupy'"
     ):
         engine_class("cupy")
-    with pytest.raises(InputError, match=r"expected one of cupy.* \(on cuda\), found 'numba'"):
+    with pytest.raises(InputError, match=r"expected one of cupy, cuda \(on cuda\), found 'numba'"):
         engine_class("numba", backend.Device("cuda"))

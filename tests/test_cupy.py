@@ -1,4 +1,6 @@
-"""The engine "cupy" on the software device: the spec's numbers, its copies, its memory, its cache."""
+"""The engines on a device: the oracle's numbers; what the plain one copies, launches and holds."""
+
+import json
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +18,7 @@ from llama3np import params as tree
 from llama3np.backend import to_host
 from llama3np.config import Config
 from llama3np.errors import InputError
+from llama3np.kernels.engine import CUDA_ENGINES
 from llama3np.llm import Llama
 
 pytestmark = pytest.mark.gpu  # those that take softcuda are for that device alone
@@ -23,11 +26,12 @@ pytestmark = pytest.mark.gpu  # those that take softcuda are for that device alo
 SMALL = settings(max_examples=100)  # an eighth of them on CuPy
 TINY = Model(Config(24, 2, 6, 2, 4, 40, 31, rope_pairing="half", tied=False), 1)
 STORIES = ("bos_only", "tim")
+engines = st.sampled_from(list(CUDA_ENGINES))
 
 
-def on_device(model, **options):
+def on_device(model, engine="cupy", **options):
     return Llama(
-        model.config, model.params, device="cuda", engine="cupy", max_seq_len=32, **options
+        model.config, model.params, device="cuda", engine=engine, max_seq_len=32, **options
     )
 
 
@@ -44,10 +48,10 @@ def fed(llm, ids, parts):
 
 
 @SMALL
-@given(runs(), st.data())
-def test_logits_are_as_near_the_oracle_as_float32_is(run_of, data):
+@given(runs(), engines, st.data())
+def test_logits_are_as_near_the_oracle_as_float32_is(run_of, engine, data):
     model, ids = run_of
-    found = fed(on_device(model), ids, data.draw(splits(len(ids))))
+    found = fed(on_device(model, engine), ids, data.draw(splits(len(ids))))
     truth = oracle_taps(model, ids)
     allowed = NOISE * (noise(model, ids, truth)["logits"] + ULP32)
     assert type(found) is np.ndarray
@@ -56,18 +60,18 @@ def test_logits_are_as_near_the_oracle_as_float32_is(run_of, data):
 
 
 @SMALL
-@given(runs(), st.data())
-def test_in_float64_it_is_the_oracle(run_of, data):
+@given(runs(), engines, st.data())
+def test_in_float64_it_is_the_oracle(run_of, engine, data):
     model, ids = run_of
-    found = fed(on_device(model, dtype="float64"), ids, data.draw(splits(len(ids))))
+    found = fed(on_device(model, engine, dtype="float64"), ids, data.draw(splits(len(ids))))
     assert_close(found, oracle_taps(model, ids)["logits"], 1e-10, "logits")
 
 
 @SMALL
-@given(ragged_runs(min_rows=2))
-def test_rows_of_a_ragged_batch_equal_each_row_alone(run_of):
+@given(ragged_runs(min_rows=2), engines)
+def test_rows_of_a_ragged_batch_equal_each_row_alone(run_of, engine):
     model, rows, pad = run_of
-    llm = on_device(model)
+    llm = on_device(model, engine)
     ids_BT, lengths = padded(rows, pad)
     cache = llm.new_cache(len(rows), 32)
     found = llm.engine.forward(ids_BT, cache, lengths, last_only=False)
@@ -135,7 +139,7 @@ def test_bf16_mm_refuses_other_weights():
     st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.sampled_from(STORED),
     st.integers(1, 40), st.integers(0, 99),
 )  # fmt: skip
-def test_a_product_by_tiles_is_the_product(M, K, N, stored, tile, seed):  # noqa: N803
+def test_a_product_by_tiles_is_the_product(M, K, N, stored, tile, seed):
     """Within the error of a float32 sum of K exact weights, tiles of any size."""
     import cupy
 
@@ -317,11 +321,11 @@ def test_running_out_of_memory_is_a_sentence(monkeypatch):
 
 
 @SMALL
-@given(models(), st.data())
-def test_trim_reset_and_fork_on_the_device(model, data):
+@given(models(), engines, st.data())
+def test_trim_reset_and_fork_on_the_device(model, engine, data):
     V = model.config.vocab_size
     ids = data.draw(st.lists(st.integers(0, V - 1), min_size=2, max_size=8))
-    llm = on_device(model)
+    llm = on_device(model, engine)
     whole = llm.forward(ids)[0, -1]
     cache = llm.new_cache(1, 16)
     llm.forward([*ids, 0, 0], cache)
@@ -344,8 +348,9 @@ def test_a_fork_moves_its_rows_once(softcuda):
 # ---- end to end ---------------------------------------------------------------------------------
 
 
-def test_generation_batches_sampling_and_scores_are_those_of_numpy():
-    ours = on_device(TINY)
+@pytest.mark.parametrize("engine", CUDA_ENGINES)
+def test_generation_batches_sampling_and_scores_are_those_of_numpy(engine):
+    ours = on_device(TINY, engine)
     theirs = Llama(TINY.config, TINY.params, engine="numpy", max_seq_len=32)
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
     for options in ({}, {"temperature": 0.9, "top_k": 9, "top_p": 0.9, "seed": 3}):
@@ -363,13 +368,12 @@ def test_bits_are_the_same_run_after_run():
     assert_same(one, two, "logits")
 
 
+@pytest.mark.parametrize("engine", CUDA_ENGINES)
 @pytest.mark.parametrize("name", STORIES)
-def test_stories_generates_the_reference_ids(name):
-    import json
-
+def test_stories_generates_the_reference_ids(name, engine):
     golden = json.loads(paths.shared("goldens/stories260k.json").read_text(encoding="utf-8"))
     item = next(item for item in golden["items"] if item["id"] == name)
-    llm = llama3np.load(paths.shared("data/stories260K.bin"), device="cuda", engine="cupy")
+    llm = llama3np.load(paths.shared("data/stories260K.bin"), device="cuda", engine=engine)
     count = min(24, item["max_new_tokens"])
     (completion,) = llm.generate(item["prompt_ids"], count, stop_ids=[1, 2])
     assert completion.ids == item["generated_ids"][:count]

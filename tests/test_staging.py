@@ -67,7 +67,7 @@ def test_every_bit_arrives_through_buffers_of_any_size(staging, pairs, size):
 
 
 def test_memory_that_kernels_still_write_to_is_not_overtaken(staging):
-    """A freed array's memory goes to the next one, while the kernel that fills it waits its turn."""
+    """A freed array's memory goes to the next one, while a kernel that fills it waits its turn."""
     import cupy
 
     expected = np.arange(1000, dtype=np.float32)

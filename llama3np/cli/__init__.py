@@ -54,10 +54,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         return top.parse_args(argv[:1])
     module = importlib.import_module(f"llama3np.cli.{argv[0]}")
     command = Parser(prog=f"llama3np {argv[0]}", description=COMMANDS[argv[0]])
-    few = {"nargs": "?"} if getattr(module, "MODEL_IS_OPTIONAL", False) else {}
-    command.add_argument(
-        "model", metavar="MODEL", help="a path, or an installed model: smollm2", **few
+    model = command.add_argument(
+        "model", metavar="MODEL", help="a path, or an installed model: smollm2"
     )
+    if getattr(module, "MODEL_IS_OPTIONAL", False):
+        model.nargs, model.required = "?", False
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     module.arguments(command)

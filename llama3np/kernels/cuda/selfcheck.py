@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import cupy
 import numpy as np
@@ -23,7 +24,7 @@ def kernels(device: Device) -> Iterator[tuple[str, str, selftest.Check]]:
     every = list(dict.fromkeys(registry.every_kernel()))
     for entry in dict.fromkeys(kernel.entry for kernel in every):
         some = [kernel for kernel in every if kernel.entry == entry]
-        yield "kernels", f"{len(some)} of {entry}", lambda some=some: _compile(some, device)
+        yield "kernels", f"{len(some)} of {entry}", partial(_compile, some, device)
 
 
 def _compile(some: list[registry.Kernel], device: Device) -> str:
@@ -33,7 +34,7 @@ def _compile(some: list[registry.Kernel], device: Device) -> str:
             built = compiled(kernel)
             registers, local = built.num_regs, built.local_size_bytes
         if registers > kernel.registers or local:
-            raise selftest.Mismatch(
+            raise selftest.MismatchError(
                 f"{kernel.name}: {registers} registers ({kernel.registers} allowed), {local} bytes "
                 "of local memory (none allowed)"
             )
@@ -44,7 +45,7 @@ def _compile(some: list[registry.Kernel], device: Device) -> str:
 def rows(device: Device) -> Iterator[tuple[str, str, selftest.Check]]:
     """Rows of every format of blocks as float32, to the last bit: by stretches and by ids."""
     for name in selftest.SCALES:
-        yield "rows", name, lambda name=name: _rows_of(name, device)
+        yield "rows", name, partial(_rows_of, name, device)
 
 
 def _rows_of(name: str, device: Device) -> str:
@@ -58,7 +59,7 @@ def _rows_of(name: str, device: Device) -> str:
             found = to_host(w[:]), to_host(w[cupy.asarray(ids)])
         for part, expected in zip(found, (expected_NK, expected_NK[ids]), strict=True):
             if part.shape != expected.shape or (part != expected).any():
-                raise selftest.Mismatch(f"{shape}: rows differ from what the blocks mean")
+                raise selftest.MismatchError(f"{shape}: rows differ from what the blocks mean")
     return f"{len(SHAPES)} shapes, the same bits"
 
 
@@ -73,5 +74,5 @@ def replay(device: Device) -> str:
         logits.append(llm.forward([[7], [8]], cache, last_only=True))
         cache.trim(3)
     if any(again.tobytes() != logits[0].tobytes() for again in logits[1:]):
-        raise selftest.Mismatch("a replayed step has other bits than its launches")
+        raise selftest.MismatchError("a replayed step has other bits than its launches")
     return f"{REPLAYS - 1} replays, the same bits"
