@@ -20,7 +20,12 @@ from llama3np.chat import chat_ids
 from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.kernels import stored
-from llama3np.kernels.engine import checked_threads, engine_class, make_engine
+from llama3np.kernels.engine import (
+    checked_threads,
+    engine_class,
+    make_engine,
+    refuse_unrounded,
+)
 from llama3np.numerics import profile
 from llama3np.params import Params, check, named
 from llama3np.sample import GREEDY, Sampling
@@ -107,6 +112,8 @@ class Llama:
             return stored(params)
         from llama3np.kernels.cuda.loading import device_params
 
+        if self.profile.rounded:
+            refuse_unrounded(params, self.config, self.profile)
         weights = sum(w.nbytes for w in named(params, self.config.tied).values())
         wish = fit.Wish(
             self.config,

@@ -13,7 +13,7 @@ from noise import NOISE, ULP32, noise, oracle_taps
 from strategies import STORED, Model, models, padded, ragged_runs, runs, splits
 
 import llama3np
-from llama3np import cost
+from llama3np import cli, cost
 from llama3np import params as tree
 from llama3np.backend import to_host
 from llama3np.config import Config
@@ -391,3 +391,43 @@ def test_a_checkpoint_of_many_tensors_tells_its_way_to_the_device():
     total = sum(w.nbytes for w in tree.named(llm.params, llm.config.tied).values())
     assert told[-1][:2] == (total, total)
     assert repr(llm).endswith("engine cupy on cuda:0)")
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", CUDA_ENGINES)
+def test_the_command_tells_the_memory_then_generates_as_on_the_cpu(capsys, engine):
+    model = str(paths.shared("data/stories260K.bin"))
+    asked = ["generate", model, "--prompt-ids", "1,403,407", "--max-new-tokens", "6"]
+    texts = []
+    for device in (["--device", "cuda:0", "--engine", engine], ["--engine", "numpy"]):
+        assert cli.main([*asked, *device]) == 0
+        texts.append(capsys.readouterr())
+    assert texts[0].out == texts[1].out
+    assert texts[0].err.startswith("cuda:0: 0.")
+    assert " needed: weights 0.00 GB, keys and values of 512 tokens in f32 " in texts[0].err
+    assert (texts[0].err.count("\n"), texts[1].err) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--engine", "cupy"], "expected one of numpy, numba (on the cpu), found 'cupy'"),
+        (["--device", "cuda", "--engine", "numba"], "expected one of cupy, cuda (on cuda)"),
+        (["--device", "cuda:5"], "device: expected cuda:0 (there are 1), found cuda:5"),
+        (["--device", "cuda", "--dtype", "bf16-mm"], "multiplies bfloat16 weights"),
+    ],
+)
+def test_what_a_device_cannot_do_is_a_sentence(softcuda, capsys, args, told):
+    model = str(paths.shared("data/stories260K.bin"))
+    assert cli.main(["generate", model, "--prompt-ids", "1", *args]) == 2
+    error = capsys.readouterr().err
+    assert told in error.splitlines()[-1]
+    assert len(error.splitlines()) <= 2  # the plan, where loading came so far
+
+
+def test_bench_refuses_what_a_device_cannot_tell(capsys):
+    for option in (["--profile-ops"], ["--vs", "llama.cpp"]):
+        assert cli.main(["bench", "/nowhere", "--device", "cuda", *option]) == 2
+        assert f"{option[0]}: expected --device cpu, found cuda" in capsys.readouterr().err
