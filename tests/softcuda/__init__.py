@@ -108,7 +108,9 @@ def install(cc=(8, 0), cache_dir=None):
     executor = chosen_executor()
     _cache = Path(cache_dir or default_cache()).resolve()
     os.environ["CUPY_CACHE_DIR"] = str(_cache / "cupy")  # never among kernels of a real device
-    os.environ["CUPY_ACCELERATORS"] = ""  # CUB is compiled CUDA: its results would be silently wrong
+    os.environ["CUPY_ACCELERATORS"] = (
+        ""  # CUB is compiled CUDA: its results would be silently wrong
+    )
     extension = _load_extension()
     _replace_runtime(extension, cc)
     _extension = extension
@@ -143,7 +145,7 @@ def chosen_executor():
 def _load_extension():
     """Compile device.cpp, if that was not done before, and import it as _softcuda."""
     include = sysconfig.get_paths()["include"]
-    flags = ["-O1", "-std=gnu++17", "-w", "-shared", "-fPIC", f"-I{include}"]
+    flags = ["-O1", "-std=gnu++17", "-w", "-fPIC", f"-I{include}"]
     tag = sysconfig.get_config_var("SOABI")
     source = (HERE / "device.cpp").read_text(encoding="utf-8")
     made = shared_object(source, flags, _cache, f"device-{tag}")

@@ -40,10 +40,17 @@ def host_source(code, instances):
 def build_source(code, options, instances):
     """The shared object of CUDA source, and the names of its kernels. Raises CompileError."""
     source, names = host_source(code, instances)
-    flags = ["-x", "c++", *COMMON, "-O1", "-g1", "-ffp-contract=fast", f"-I{HEADERS}"]
-    flags += ["-include", str(EMULATOR / "cudaemu.h"), "-D__CUDACC_VER_MAJOR__=13"]
+    # The toolkit's own headers are for NVRTC; ours stand in for them.
     ours = [o for o in options if o.startswith(("-D", "-I")) and not re.search("_cccl|nvidia", o)]
-    return shared_object(source, [*flags, *ours], softcuda.cache() / "kernels"), names
+    flags = [*COMMON, "-O1", "-ffp-contract=fast", f"-I{HEADERS}", "-D__CUDACC_VER_MAJOR__=13"]
+    includes = (f'"{EMULATOR / "cudaemu.h"}"', *leading_includes(code))
+    folder = softcuda.cache() / "kernels"
+    return shared_object(source, [*flags, *ours], folder, "source", includes), names
+
+
+def leading_includes(code):
+    """CuPy's headers, with which all of its own kernels begin."""
+    return tuple(re.findall("<.*>", re.match(r"(#include <cupy/.*>\n)*", code).group()))
 
 
 def symbols(expressions):
@@ -79,8 +86,8 @@ def ptx_of(code, options, expressions):
 def build_ptx(ptx):
     """The shared object of translated PTX, and its kernels. Raises Unsupported, CompileError."""
     source, names = translate(ptx)
-    flags = [*COMMON, "-O1", "-ffp-contract=off", f"-I{EMULATOR}"]
-    return shared_object(source, flags, softcuda.cache() / "kernels", "ptx"), names
+    flags, includes = [*COMMON, "-O1", "-ffp-contract=off"], (f'"{EMULATOR / "ptx_prelude.h"}"',)
+    return shared_object(source, flags, softcuda.cache() / "kernels", "ptx", includes), names
 
 
 # ---- in CuPy's place ----------------------------------------------------------------------------
@@ -129,7 +136,10 @@ def hook(compiler, cc):
 
     compiler._compile_using_nvrtc_no_warning = compile_using_softcuda
     compiler._get_arch = lambda: own
-    compiler._get_arch_for_options_for_nvrtc = lambda arch=None: (f"-arch=sm_{arch or own}", "cubin")
+    compiler._get_arch_for_options_for_nvrtc = lambda arch=None: (
+        f"-arch=sm_{arch or own}",
+        "cubin",
+    )
     compiler._get_nvrtc_version = lambda: (13, 0)
     # CuPy's own cache names a kernel by this text, for which it runs NVRTC's preprocessor.
     compiler._preprocess = lambda *args, **options: (
