@@ -23,9 +23,9 @@ from softcuda.build import HERE, default_cache, refusal, shared_object
 # "src": CUDA source -> g++. "ptx": CUDA source -> NVRTC -> PTX -> C++ with checked accesses -> g++.
 executor = "src"
 ptx_arch = "80"
-nvrtc_check = ()  # architectures, such as ("75", "90"), that NVRTC must compile every source for too
+nvrtc_check = ()  # architectures such as ("75", "90") that NVRTC must compile every source for
 compiled = []  # (kernel names, seconds) of every kernel source that was not in CuPy's cache
-fallbacks = []  # (kernel names, why) of sources whose PTX could not be translated: they ran as "src"
+fallbacks = []  # (kernel names, why) of PTX that could not be translated: it is run as "src"
 
 EXECUTORS = ("src", "ptx")
 DEFAULTS = {
@@ -42,7 +42,7 @@ _extension = None
 _cache = None
 
 
-class Unavailable(ImportError):
+class Unavailable(ImportError):  # noqa: N818 - what it says of the device
     """This machine lacks what the software device needs; the message says what."""
 
 
@@ -70,7 +70,8 @@ def stats():
     h2d_bytes, d2h_bytes, d2d_bytes; live_bytes (now), peak_bytes;
     read_bytes, written_bytes: what kernels asked for, cached or not (executor "ptx" only);
     touched_bytes: distinct sectors of each launch, added up (with config(touch=True));
-    kernels, touched: launches and touched bytes by kernel;  trace: names in order.
+    kernels, touched: launches and touched bytes by kernel;  trace: names in order;
+    unchecked: runs by kernel of those that were not translated from PTX.
     """
     return _extension.stats()
 
@@ -105,7 +106,6 @@ def install(cc=(8, 0), cache_dir=None):
     if _extension is not None:
         return sys.modules["cupy"]
     check_machine()
-    executor = chosen_executor()
     _cache = Path(cache_dir or default_cache()).resolve()
     os.environ["CUPY_CACHE_DIR"] = str(_cache / "cupy")  # never among kernels of a real device
     os.environ["CUPY_ACCELERATORS"] = (
@@ -115,6 +115,7 @@ def install(cc=(8, 0), cache_dir=None):
     _replace_runtime(extension, cc)
     _extension = extension
     cupy = _import_cupy()
+    executor = chosen_executor()
     from softcuda.compiler import hook
 
     hook(cupy.cuda.compiler, cc)
@@ -137,9 +138,20 @@ def chosen_executor():
     chosen = os.environ.get("SOFTCUDA_EXECUTOR") or "src"
     if chosen not in EXECUTORS:
         raise ValueError(f"SOFTCUDA_EXECUTOR: expected {' or '.join(EXECUTORS)}, found {chosen!r}")
-    if chosen == "ptx" and importlib.util.find_spec("nvidia") is None:
-        raise Unavailable("the executor ptx needs the NVRTC wheel (pip install -e '.[test-cuda]')")
+    if chosen == "ptx" and not has_nvrtc():
+        raise Unavailable("the executor ptx needs NVRTC (pip install -e '.[test-cuda]')")
     return chosen
+
+
+def has_nvrtc():
+    """Whether NVIDIA's compiler library can be loaded. It needs no GPU and no driver."""
+    from cupy_backends.cuda.libs import nvrtc
+
+    try:
+        nvrtc.getVersion()
+    except Exception:  # the loader's own kinds of error, which differ by version
+        return False
+    return True
 
 
 def _load_extension():
@@ -160,6 +172,7 @@ def _load_extension():
 def _replace_runtime(extension, cc):
     """Exchange the C functions of cudart and the driver, and what Python code calls of them."""
     from cupy_backends.cuda.api import driver, runtime
+
     from softcuda.pythonlevel import device_properties, expose
 
     replaced = extension.install(

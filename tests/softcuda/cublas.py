@@ -11,6 +11,7 @@ from functools import partial
 import _softcuda
 import ml_dtypes
 import numpy as np
+
 from softcuda.memory import current_stream, view
 
 

@@ -6,6 +6,7 @@ The numbers are not cuRAND's, on purpose: a test that needs cuRAND's very number
 import types
 
 import numpy as np
+
 from softcuda.memory import call, view
 
 module = types.ModuleType("cupy_backends.cuda.libs.curand")

@@ -3,6 +3,7 @@
 import types
 
 import numpy as np
+
 from softcuda.memory import call, view
 
 module = types.ModuleType("cupy.cuda.thrust")
