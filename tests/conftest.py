@@ -154,6 +154,9 @@ def tell_what_no_gpu_ran(terminalreporter):
     if not marked or (devices.kind == devices.GPU and devices.missing is None):
         return
     ran = marked["passed"] + marked["failed"]
+    if fallbacks := sys.modules.get("softcuda") and sys.modules["softcuda"].fallbacks:
+        names = ", ".join(name for names, _ in fallbacks for name in names)
+        terminalreporter.write_line(f"kernels whose PTX is not known, run as source: {names}")
     terminalreporter.write_line(
         f"gpu tests: {marked.total()} not run on a GPU, for want of one; {ran} of them ran on the "
         "software device (pytest -m gpu runs them where there is a GPU)"

@@ -38,6 +38,7 @@ DEFAULTS = {
     "touch": False,
     "memory": 80 << 30,
 }
+SCHEDULES = (0, 1, 2)
 _extension = None
 _cache = None
 
@@ -98,7 +99,8 @@ def install(cc=(8, 0), cache_dir=None):
     """Put the software device under CuPy, and return cupy. Once a process; again does nothing.
 
     cc: the compute capability to report. cache_dir: where compiled files are kept, by default
-    SOFTCUDA_CACHE or a folder of the user's caches. SOFTCUDA_EXECUTOR chooses the executor.
+    SOFTCUDA_CACHE or a folder of the user's caches. SOFTCUDA_EXECUTOR chooses the executor, and
+    SOFTCUDA_SCHED the schedule.
     Raises Unavailable if the machine lacks a part, ImportError if cupy was imported before or has
     other C signatures than those known here.
     """
@@ -116,6 +118,8 @@ def install(cc=(8, 0), cache_dir=None):
     _extension = extension
     cupy = _import_cupy()
     executor = chosen_executor()
+    DEFAULTS["sched"] = chosen_schedule()
+    config(**DEFAULTS)
     from softcuda.compiler import hook
 
     hook(cupy.cuda.compiler, cc)
@@ -141,6 +145,14 @@ def chosen_executor():
     if chosen == "ptx" and not has_nvrtc():
         raise Unavailable("the executor ptx needs NVRTC (pip install -e '.[test-cuda]')")
     return chosen
+
+
+def chosen_schedule():
+    """SOFTCUDA_SCHED, or 0."""
+    chosen = os.environ.get("SOFTCUDA_SCHED") or "0"
+    if chosen not in map(str, SCHEDULES):
+        raise ValueError(f"SOFTCUDA_SCHED: expected one of {SCHEDULES}, found {chosen!r}")
+    return int(chosen)
 
 
 def has_nvrtc():
