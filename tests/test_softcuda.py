@@ -535,6 +535,16 @@ def test_sources_can_be_shown_to_the_real_compiler_too(checked):
         checked.nvrtc_check = ()
 
 
+@pytest.mark.parametrize("executor", ["src", "ptx"])
+def test_instances_of_templates_are_found_by_their_expressions(checked, executor):
+    checked.executor, instance = executor, "put<float, int>"
+    code = "template <class T, class U> __global__ void put(T* x, U value) { x[0] = (T)value; }"
+    module = devices.cupy.RawModule(code=code, name_expressions=[instance])
+    x = floats(1)
+    module.get_function(instance)((1,), (1,), (x, np.int32(7)))
+    assert x.get().tolist() == [7]
+
+
 def test_ptx_that_is_not_known_falls_back_to_the_source(checked):
     """And that is told: when it is compiled, and at every run."""
     before, x = len(checked.fallbacks), floats(1)

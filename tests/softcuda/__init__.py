@@ -17,15 +17,19 @@ import os
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 from softcuda.build import HERE, default_cache, refusal, shared_object
 
 # "src": CUDA source -> g++. "ptx": CUDA source -> NVRTC -> PTX -> C++ with checked accesses -> g++.
 executor = "src"
 ptx_arch = "80"
-nvrtc_check = ()  # architectures such as ("75", "90") that NVRTC must compile every source for
-compiled = []  # (kernel names, seconds) of every kernel source that was not in CuPy's cache
-fallbacks = []  # (kernel names, why) of PTX that could not be translated: it is run as "src"
+# Architectures, such as ("75", "90"), that NVRTC must compile every source for too.
+nvrtc_check: tuple[str, ...] = ()
+# (kernel names, seconds) of every source that was not in CuPy's cache.
+compiled: list[tuple[list[str], float]] = []
+# (kernel names, why) of PTX that could not be translated: these are run as "src".
+fallbacks: list[tuple[list[str], str]] = []
 
 EXECUTORS = ("src", "ptx")
 DEFAULTS = {
@@ -39,8 +43,8 @@ DEFAULTS = {
     "memory": 80 << 30,
 }
 SCHEDULES = (0, 1, 2)
-_extension = None
-_cache = None
+_extension: Any = None
+_cache: Any = None  # a Path, once the device is installed
 
 
 class Unavailable(ImportError):  # noqa: N818 - what it says of the device
@@ -174,7 +178,7 @@ def _load_extension():
     source = (HERE / "device.cpp").read_text(encoding="utf-8")
     made = shared_object(source, flags, _cache, f"device-{tag}")
     loader = importlib.machinery.ExtensionFileLoader("_softcuda", str(made))
-    spec = importlib.util.spec_from_file_location("_softcuda", made, loader=loader)
+    spec = importlib.machinery.ModuleSpec("_softcuda", loader, origin=str(made))
     extension = importlib.util.module_from_spec(spec)
     loader.exec_module(extension)
     sys.modules["_softcuda"] = extension

@@ -24,7 +24,8 @@ AREAS = {
     "matmul": ["math_tests/test_matmul.py"],
     "product": ["linalg_tests/test_product.py"],
     "elementwise": ["core_tests/test_elementwise.py"],
-    "user kernels": ["core_tests/test_userkernel.py", "core_tests/test_raw.py"],
+    "user kernels": ["core_tests/test_userkernel.py"],
+    "raw kernels": ["core_tests/test_raw.py"],
 }
 # Arrays of gigabytes; strides that only a real cuBLAS can be wrong about take minutes in NumPy.
 DESELECTED = {"matmul": "not Large and not Overflow and not Strides"}
@@ -38,8 +39,9 @@ class Recorder:
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or report.outcome != "passed":
-            said = str(report.longrepr or "").strip().splitlines()
-            self.outcomes[report.nodeid] = report.outcome, said[-1] if said else ""
+            crash = getattr(report.longrepr, "reprcrash", None)
+            said = crash.message.splitlines()[0] if crash else ""
+            self.outcomes[report.nodeid] = report.outcome, said
 
     def pytest_sessionfinish(self):
         self.path.write_text(json.dumps(self.outcomes), encoding="utf-8")
@@ -57,7 +59,7 @@ def child(record, arguments):
 
 
 def outcomes_of(area, source, seconds):
-    """{test: (outcome, last line of what was said)} of one area."""
+    """{test: (outcome, first line of what was said)} of one area."""
     files = [str(source / "tests" / "cupy_tests" / name) for name in AREAS[area]]
     chosen = ["-k", DESELECTED[area]] if area in DESELECTED else []
     with tempfile.TemporaryDirectory() as folder:

@@ -9,7 +9,7 @@ textures, packed halves, roundings other than those of IEEE's default, named bar
 """
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Unsupported(Exception):  # noqa: N818 - it says what is so, and is no error of the kernel's
@@ -58,6 +58,13 @@ def split(text):
         else:
             parts[-1] += character
     return [part.strip() for part in parts if part.strip()]
+
+
+def matched(pattern, text):
+    """The match of a pattern at the start of a text that must have one."""
+    if (match := re.match(pattern, text)) is None:
+        raise Unsupported(text)
+    return match
 
 
 def members(operand):
@@ -198,7 +205,7 @@ def constant(text, kind):
 
 # ---- emitters: opcode -> C++ --------------------------------------------------------------------
 
-EMITTERS = {}
+EMITTERS: dict[str, Any] = {}
 
 
 def emits(*opcodes):
@@ -273,7 +280,7 @@ def load(kernel, i):
 
 def load_parameter(kernel, i, targets, kind):
     """Parameters lie where the launch put them: P[number of the parameter]."""
-    base, offset = re.match(r"\[([\w$]+)(?:\+(\d+))?\]$", i.operands[1]).groups()
+    base, offset = matched(r"\[([\w$]+)(?:\+(\d+))?\]$", i.operands[1]).groups()
     number = [name for name, _ in kernel.parameters].index(base)
     start, size = int(offset or 0), BITS[kind] // 8
     return " ".join(
@@ -711,7 +718,9 @@ class Module:
     def __init__(self):
         self.shared, self.globals = {}, {}  # name -> offset, None if dynamic;  name -> C++
         self.shared_bytes = 0
-        self.kernels, self.kernel, self.depth = [], None, 0
+        self.kernels: list[Kernel] = []
+        self.kernel: Any = None  # the one that is being read
+        self.depth = 0
 
     def read(self, text):
         """Take in all lines."""
@@ -730,9 +739,9 @@ class Module:
 
     def begin(self, header):
         """Start a kernel."""
-        name = re.search(r"\.entry ([\w$]+)", header)[1]
+        name = matched(r".*?\.entry ([\w$]+)", header)[1]
         listed = re.search(r"\((.*?)\)", header)
-        matches = [PARAMETER.search(each) for each in split(listed[1] if listed else "")]
+        matches = [matched(PARAMETER, each) for each in split(listed[1] if listed else "")]
         sizes = [(m[3], BITS[m[2]] // 8 * int(m[4] or 1)) for m in matches]
         self.kernel, self.depth = Kernel(name, sizes, self), 1
 
@@ -751,7 +760,7 @@ class Module:
 
     def declare_shared(self, line, table):
         """Give a variable its place in shared memory; the dynamic ones begin after all others."""
-        align, kind, name, count = SHARED.match(line).groups()
+        align, kind, name, count = matched(SHARED, line).groups()
         if ".extern" in line or count == "":
             table[name] = None
             return
@@ -790,8 +799,8 @@ class Module:
 
     def read_instruction(self, text, number):
         """`@predicate opcode operands`."""
-        predicate, rest = re.match(r"(?:@(!?%?\w+) )?(.*)", text).groups()
-        opcode, operands = re.match(r"([\w.:]+) ?(.*)", rest).groups()
+        predicate, rest = matched(r"(?:@(!?%?\w+) )?(.*)", text).groups()
+        opcode, operands = matched(r"([\w.:]+) ?(.*)", rest).groups()
         parts = re.sub(r"\.L[12]::\w+", "", opcode).split(".")  # cache hints
         self.kernel.add(predicate, Instruction(parts, split(operands), number))
 
