@@ -533,7 +533,8 @@ def test_prefill_attention_is_that_of_the_spec(heads, dtype, data, seed):
     new_B = np.array(data.draw(st.lists(st.integers(1, T), min_size=B, max_size=B)))
     S = int((lengths + new_B).max())
     q_BTNH = numbers(rng, (B, T, G * K, H), np.float32)
-    keys, values = (numbers(rng, (B, K, S + data.draw(st.integers(0, 9)), H), dtype) for _ in "kv")
+    room = S + data.draw(st.integers(0, 9))
+    keys, values = (numbers(rng, (B, K, room, H), dtype) for _ in "kv")
     positions_BT = lengths[:, None] + np.arange(T)
     with strict():
         k, v = cp.asarray(keys)[:, :, :S], cp.asarray(values)[:, :, :S]
