@@ -128,8 +128,11 @@ def product(x_MK: Any, w: Any, rounded: bool = False) -> Any:
 def attention(q_BTNH: Any, k_BKSH: Any, v_BKSH: Any, positions_BT: Any, see: Any) -> Any:
     """model.attention of float32 queries by one kernel that holds no scores but a block's.
 
-    Positions rise along each row. see is not called: scores and probs are never there.
+    Positions rise along each row. see is not called: scores and probs are never there. Raises
+    ValueError for keys and values that do not lie alike, as slots of whole caches do.
     """
+    if k_BKSH.strides != v_BKSH.strides or k_BKSH.strides[0] != k_BKSH.strides[1] * k_BKSH.shape[1]:
+        raise ValueError("expected keys and values of whole rows of a cache")
     (B, T, N, H), (K, S) = q_BTNH.shape, k_BKSH.shape[1:3]
     kernel = registry.prefill_kernel(H, k_BKSH.dtype)
     queries = dict(kernel.defines)["QUERIES"]

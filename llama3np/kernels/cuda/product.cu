@@ -7,6 +7,7 @@
 
 #define WARPS 8
 #define BLOCK_ROWS (WARPS * ROWS)
+#define BLOCKS (BATCH == 1 ? 2 : 1)  // of a multiprocessor, which bounds a thread's registers
 #define FOURS (SLOTS * 32)  // groups of four numbers in a tile
 
 __device__ __forceinline__ float dot(float4 a, float4 b, float sum) {
@@ -122,7 +123,7 @@ __device__ __forceinline__ float gated(float gate, float up) {
 
 // y = W (norm of x) for up to three weights of one format, such as wq, wk and wv, one after the
 // other in y. Blocks: those of each weight, rounded up.
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     project(const Stored* __restrict__ w0, const Stored* __restrict__ w1, const Stored* __restrict__ w2, int N0,
             int N1, int N2, int y0, int y1, int y2, int K, const float* __restrict__ x, int x_pitch,
             const float* __restrict__ norm, const float* __restrict__ squares, int parts, float eps, int rounded,
@@ -148,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 }
 
 // y = silu(G (norm of x)) * (U (norm of x)): both rows of a pair are in one warp.
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     gate_up(const Stored* __restrict__ gate, const Stored* __restrict__ up, int N, int K,
             const float* __restrict__ x, int x_pitch, const float* __restrict__ norm,
             const float* __restrict__ squares, int parts, float eps, int rounded, float* __restrict__ y,
@@ -170,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 
 // y += W x, the residual stream, and the sums of squares of every 16 numbers of the new y: pair by pair
 // and then one by one, so that they have the same bits whatever ROWS and BATCH are.
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     add(const Stored* __restrict__ w, int N, int K, const float* __restrict__ x, int x_pitch, int rounded,
         float* __restrict__ y, int y_pitch, float* __restrict__ squares) {
   __shared__ float4 staged[BATCH * SLOTS * PITCH];

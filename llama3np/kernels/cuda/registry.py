@@ -104,11 +104,12 @@ def weight_kernel(entry: str, format: str, aligned: bool = True, batch: int = 1)
     aligned: rows begin at multiples of 16 bytes. Formats that are not VECTORED never count as such.
     """
     scalar = not (aligned and format in VECTORED)
-    few = scalar or format in PLAIN or (format in ("Q8_0", "Q6_K") and batch <= 2)
-    rows = 2 if few else 4  # of a warp: what it holds of each, now and next, has to fit registers
+    # Of a warp. What it holds of each, now and next, has to fit its registers; with one vector two
+    # blocks shall share a multiprocessor, with more each number of theirs shall serve more rows.
+    rows = 2 if scalar or format in PLAIN or batch == 1 else 4
     defines = {"FORMAT": FORMATS.index(format), "SCALAR": int(scalar), "BATCH": batch, "ROWS": rows}
     files = ("formats.cu", "pieces.cu", "product.cu")
-    registers = 255 if scalar else 128 if batch <= 2 else 192
+    registers = 128 if batch == 1 else 255
     stored = PLAIN.get(format, np.dtype(np.uint8))
     return Kernel(entry, files, tuple(defines.items()), stored, registers=registers)
 
