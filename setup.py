@@ -54,7 +54,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["llama3np", "llama3np.*"]),
-    package_data={"llama3np": ["py.typed", "data/*.json"]},
+    package_data={"llama3np": ["py.typed", "data/*.json", "kernels/cuda/*.cu"]},
     install_requires=[
         "ml_dtypes>=0.4",  # bfloat16 as an array dtype: widening is 1.5x faster than bit shifts
         "numpy>=2",

@@ -141,9 +141,7 @@ def use(device: Device) -> Any:
         expected = last if count == 1 else f"cuda:0 to {last}"
         raise InputError(f"device: expected {expected} (there are {count}), found {device}")
     try:
-        with on(device):
-            one_11 = cupy.zeros((1, 1), np.float32) + 1  # compiled at run time
-            to_host(one_11 @ one_11)
+        _compute_a_little(device)
     except Exception as error:  # each missing part has its own type: ImportError, RuntimeError ...
         said = " ".join(str(error).split())[:200]
         raise InputError(
@@ -151,6 +149,13 @@ def use(device: Device) -> Any:
             f"{INSTALL} brings all of CUDA that CuPy needs ({OLDER})"
         ) from None
     return cupy
+
+
+def _compute_a_little(device: Device) -> None:
+    """Something that needs the compiler, the headers and cuBLAS."""
+    with on(device) as cupy:
+        one_11 = cupy.zeros((1, 1), np.float32) + 1
+        to_host(one_11 @ one_11)
 
 
 def free_memory(device: Device) -> tuple[int, int]:
@@ -161,10 +166,3 @@ def free_memory(device: Device) -> tuple[int, int]:
     with on(device) as cupy:
         free, total = cupy.cuda.runtime.memGetInfo()
         return free + cupy.get_default_memory_pool().free_bytes(), total
-
-
-def wait(device: Device) -> None:
-    """Return when all work that was given to the device is done."""
-    if device.kind == "cuda":
-        with on(device) as cupy:
-            cupy.cuda.Device().synchronize()

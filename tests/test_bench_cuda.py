@@ -56,7 +56,7 @@ def test_without_a_gpu_it_is_a_sentence_with_status_2(monkeypatch):
 
 
 def test_both_engines_are_measured_beside_the_prediction(softcuda, monkeypatch, capsys):
-    """On the software device, whose clock stands still: the numbers mean nothing, the table does."""
+    """On the software device, whose clock stands still: numbers mean nothing, the table does."""
     from llama3np.kernels.cuda import limits
 
     monkeypatch.setattr(limits, "READ", 1 << 16)

@@ -225,7 +225,7 @@ def test_rows_and_replays_that_differ_fail(few_kernels, monkeypatch):
 
 
 def test_a_device_is_measured(softcuda, monkeypatch):
-    """Its clock stands still in software: that numbers come, and of what, is all there is to see."""
+    """Its clock stands still in software: that numbers come, and of what, is all to be seen."""
     from llama3np.kernels.cuda import limits
 
     monkeypatch.setattr(limits, "READ", 1 << 16)

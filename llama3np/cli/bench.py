@@ -113,7 +113,7 @@ def show(report: dict[str, Any]) -> None:
     from rich.console import Console
 
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    by = f"{report['threads']} threads" if report["device"] == "cpu" else report["device"]
+    by = f"{report['threads']} threads" if report["threads"] else report["device"]
     where = report["gpu"]["name"] if "gpu" in report else report["processor"]
     console.print(
         f"{report['model']}: engine {report['engine']}, {by}, {report['dtype']}, "
