@@ -292,11 +292,11 @@ def spread(name: str, values: Sequence[float]) -> dict[str, Any]:
 def profile_ops(llm: Llama, plan: Plan) -> dict[str, Any]:
     """Seconds of a prefill and of a decode step by their parts; `other` is what no part has.
 
-    A product is named by its weight. A compiled decode step tells its own phases in place of the
-    five operations. attention_share_of_limit: the keys and values that a step reads, over the
-    seconds of its attention, as a share of the bandwidth measured in the same round; left out
-    where nothing tells those seconds. Raises InputError for a model on a CUDA device, where an
-    operation has only been handed over when it returns.
+    Products are named as the phases of a compiled decode step, which tells those itself.
+    attention_share_of_limit: the keys and values that a step reads, over the seconds of its
+    attention, as a share of the bandwidth measured in the same round; left out where nothing tells
+    those seconds. Raises InputError for a model on a CUDA device, where an operation has only been
+    handed over when it returns.
     """
     if llm.device.kind != "cpu":
         raise InputError(f"--profile-ops: expected --device cpu, found {llm.device}")
@@ -386,7 +386,16 @@ def timed_ops(ops: Ops, names: dict[int, str], spent: dict[str, float]) -> Ops:
     return Ops(**named_ops)
 
 
+# Those that an engine multiplies together are one, as in PHASES.
+TOGETHER = {
+    **dict.fromkeys(("wq", "wk", "wv"), "q, k, v"),
+    **dict.fromkeys(("w_gate", "w_up"), "gate, up"),
+    **{"w_down": "down", "head_VD": "logits"},
+}
+
+
 def weight_names(params: Params) -> dict[int, str]:
-    """What each matrix is called in every layer, by the identity of the object."""
+    """What the product with each matrix is called in every layer, by the identity of the object."""
     layers = {id(w): name for layer in params.layers for name, w in layer._asdict().items()}
-    return layers | {id(params.head_VD): "head_VD"}
+    names = layers | {id(params.head_VD): "head_VD"}
+    return {key: TOGETHER.get(name, name) for key, name in names.items()}

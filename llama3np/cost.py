@@ -94,10 +94,7 @@ def flops_per_token(config: Config, context: int) -> int:
     the head a product, tied or not), and 4 L N H S: scores and weighted values of S = context + 1
     positions. Norms, RoPE and softmax are below a thousandth of it and left out.
     """
-    parts = parameters(config)
-    weights = parts["attention"] + parts["feed_forward"] + config.vocab_size * config.dim
-    heads = config.n_layers * config.n_heads * config.head_dim
-    return 2 * weights + 4 * heads * (context + 1)
+    return prefill_flops(config, 1, context)
 
 
 def prefill_flops(config: Config, tokens: int, context: int = 0) -> int:
@@ -105,7 +102,7 @@ def prefill_flops(config: Config, tokens: int, context: int = 0) -> int:
 
     2 T for each weight of a layer's products, 2 V D for the head, which only the last token needs,
     and 4 L N H (T S + T (T + 1) / 2): token t attends to S = context others, to the t before it in
-    the prompt and to itself. prefill_flops(config, 1, S) is flops_per_token(config, S).
+    the prompt and to itself.
     """
     parts = parameters(config)
     layers = parts["attention"] + parts["feed_forward"]

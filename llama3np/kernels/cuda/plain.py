@@ -7,6 +7,7 @@ of queries at a time, where the spec's would hold the scores of all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,6 @@ from llama3np.cache import Cache
 from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.kernels.cuda import gemm
-from llama3np.kernels.engine import linear
 from llama3np.numerics import Profile
 from llama3np.params import Params
 
@@ -72,6 +72,12 @@ def out_of_memory(device: Device, error: Exception) -> InputError:
 
 
 # ---- products ------------------------------------------------------------------------------------
+
+
+def linear(x_BTD: Any, w: Any, *, multiply: Callable[[Any, Any], Any]) -> Any:
+    """model.linear by another product of a weight and vectors."""
+    y_MO = multiply(x_BTD.reshape(-1, x_BTD.shape[-1]), w)
+    return y_MO.reshape(*x_BTD.shape[:-1], w.shape[0])
 
 
 def product(x_MK: Any, w: Any, rounded: bool = False) -> Any:
