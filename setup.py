@@ -24,8 +24,8 @@ TEST = [
     "tokenizers>=0.20",  # an independent reader of tokenizer.json
 ]
 
-# What tests of the CUDA path need where there is no GPU (tests/softcuda, which knows the C functions
-# of these versions): CuPy, and of the toolkit its compiler and the headers that it compiles with.
+# What tests of the CUDA path need where there is no GPU: CuPy, in a version whose C functions
+# tests/softcuda knows, and of the toolkit its compiler and the headers that it compiles with.
 TEST_CUDA = [
     "cupy-cuda13x==14.2.0",
     "cuda-toolkit[nvrtc,cudart]==13.*",
