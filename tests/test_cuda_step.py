@@ -405,10 +405,19 @@ def layered(n):
 REAL = Config(512, 2, 8, 2, 64, 1536, 2048, tied=False)
 
 
+def between_kernels(config, slots):
+    """Bytes of one row that one kernel of a step leaves for the next, and that one reads."""
+    c, heads = config, config.n_heads * config.head_dim
+    qkv, stretches = heads + 2 * c.n_kv_heads * c.head_dim, -(-slots // STRETCH)
+    # The residual stream is read by two norms and changed twice; see step.py for the others.
+    a_layer = 6 * c.dim + 2 * qkv + (4 + 2 * stretches) * heads + 2 * c.ffn_dim
+    return 4 * (2 * c.dim + c.n_layers * a_layer)
+
+
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("format", ["BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K"])
 def test_a_step_touches_little_but_weights_cache_and_logits(softcuda, format, rows):
-    """At most 1.03 times their bytes: a weight is read once however many rows there are."""
+    """At most 1.03 times their bytes for a row; for more, the weights are not read more often."""
     if softcuda.executor != "ptx":
         pytest.skip("the executor ptx counts bytes: SOFTCUDA_EXECUTOR=ptx")
     params, _ = random_params(REAL, (format,), seed=21)
@@ -423,9 +432,9 @@ def test_a_step_touches_little_but_weights_cache_and_logits(softcuda, format, ro
     tensors = named(engine.params, REAL.tied)
     weights = sum(w.nbytes for name, w in tensors.items() if name != "embed_VD")
     held = cache.nbytes * 402 // 512
-    logits = rows * REAL.vocab_size * 4
-    assert found <= 1.03 * (weights + held + logits)
-    assert found >= weights + held
+    needed = weights + held + rows * REAL.vocab_size * 4
+    passed_on = 0 if rows == 1 else rows * between_kernels(REAL, 402)
+    assert weights + held <= found <= 1.03 * (needed + passed_on)
 
 
 # ---- schedules -----------------------------------------------------------------------------------
