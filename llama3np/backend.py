@@ -76,10 +76,10 @@ class Device(NamedTuple):
     """Where to compute: the processor, or a CUDA device by its number in this machine."""
 
     kind: str  # "cpu" or "cuda"
-    index: int = 0
+    number: int = 0
 
     def __str__(self) -> str:
-        return self.kind if self.kind == "cpu" else f"cuda:{self.index}"
+        return self.kind if self.kind == "cpu" else f"cuda:{self.number}"
 
 
 CPU = Device("cpu")
@@ -90,7 +90,7 @@ def parse_device(name: str) -> Device:
 
     Nothing is imported, and nothing is asked of the device: see `use`.
     """
-    match = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", name) if isinstance(name, str) else None
+    match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", name) if isinstance(name, str) else None
     if match is None:
         raise InputError(f"device: expected cpu, cuda or cuda:N, found {name!r}")
     return Device(name.partition(":")[0], int(match[1] or 0))
@@ -106,7 +106,7 @@ def on(device: Device) -> Iterator[Any]:
         yield np
         return
     cupy = cupy_module()
-    with cupy.cuda.Device(device.index):
+    with cupy.cuda.Device(device.number):
         yield cupy
 
 
@@ -136,14 +136,12 @@ def use(device: Device) -> Any:
             "--device cpu computes without"
         )
     count = cupy.cuda.runtime.getDeviceCount()
-    if device.index >= count:
+    if device.number >= count:
         last = f"cuda:{count - 1}"
         expected = last if count == 1 else f"cuda:0 to {last}"
         raise InputError(f"device: expected {expected} (there are {count}), found {device}")
     try:
-        with on(device):
-            one_11 = cupy.zeros((1, 1), np.float32) + 1  # compiled at run time
-            to_host(one_11 @ one_11)
+        _compute_a_little(device)
     except Exception as error:  # each missing part has its own type: ImportError, RuntimeError ...
         said = " ".join(str(error).split())[:200]
         raise InputError(
@@ -151,6 +149,13 @@ def use(device: Device) -> Any:
             f"{INSTALL} brings all of CUDA that CuPy needs ({OLDER})"
         ) from None
     return cupy
+
+
+def _compute_a_little(device: Device) -> None:
+    """Something that needs the compiler, the headers and cuBLAS."""
+    with on(device) as cupy:
+        one_11 = cupy.zeros((1, 1), np.float32) + 1
+        to_host(one_11 @ one_11)
 
 
 def free_memory(device: Device) -> tuple[int, int]:
@@ -161,10 +166,3 @@ def free_memory(device: Device) -> tuple[int, int]:
     with on(device) as cupy:
         free, total = cupy.cuda.runtime.memGetInfo()
         return free + cupy.get_default_memory_pool().free_bytes(), total
-
-
-def wait(device: Device) -> None:
-    """Return when all work that was given to the device is done."""
-    if device.kind == "cuda":
-        with on(device) as cupy:
-            cupy.cuda.Device().synchronize()

@@ -94,10 +94,7 @@ def flops_per_token(config: Config, context: int) -> int:
     the head a product, tied or not), and 4 L N H S: scores and weighted values of S = context + 1
     positions. Norms, RoPE and softmax are below a thousandth of it and left out.
     """
-    parts = parameters(config)
-    weights = parts["attention"] + parts["feed_forward"] + config.vocab_size * config.dim
-    heads = config.n_layers * config.n_heads * config.head_dim
-    return 2 * weights + 4 * heads * (context + 1)
+    return prefill_flops(config, 1, context)
 
 
 def prefill_flops(config: Config, tokens: int, context: int = 0) -> int:
@@ -105,7 +102,7 @@ def prefill_flops(config: Config, tokens: int, context: int = 0) -> int:
 
     2 T for each weight of a layer's products, 2 V D for the head, which only the last token needs,
     and 4 L N H (T S + T (T + 1) / 2): token t attends to S = context others, to the t before it in
-    the prompt and to itself. prefill_flops(config, 1, S) is flops_per_token(config, S).
+    the prompt and to itself.
     """
     parts = parameters(config)
     layers = parts["attention"] + parts["feed_forward"]
@@ -130,7 +127,7 @@ def bytes_per_step(config: Config, format: str, context: int, batch: int, dtype:
 
 # The sizes that the engines on a device keep to, in numbers. A tile of weights is widened at a
 # time: 64 MiB of float32, large enough that a product of it fills any GPU. Scores are made so many
-# at a time: 32 MiB, of which attention holds five kinds.
+# at a time: 32 MiB, of which attention holds four kinds.
 TILE, SCORES = 1 << 24, 1 << 23
 # What is beside arrays: compiled kernels, cuBLAS's own memory (32 MiB on the newest), and what
 # CuPy's pool loses by rounding up and by gaps.
@@ -154,14 +151,14 @@ def workspace_bytes(config: Config, tokens: int, context: int, rows: int = 1, si
     """An upper bound of what a call of `tokens` tokens, all rows counted, needs beside the cache.
 
     size: bytes of a number. Of each token there are at most 8 vectors of width D or N H at a time,
-    7 of width F (in swiglu), or, when the layers are done, the logits; of the keys and values that
-    are seen, 3 copies of one kind (widened, and laid out for a product); and a tile and the scores.
+    6 of width F (in swiglu), or, when the layers are done, the logits; of the keys, or values, that
+    are seen 2 copies (widened, and laid out for a product); 4 kinds of scores; and a tile.
     """
     c = config
     wide = max(c.dim, c.n_heads * c.head_dim)
-    per_token = max(8 * wide + 7 * c.ffn_dim, 2 * wide + c.vocab_size)
-    seen = 3 * rows * context * c.n_kv_heads * c.head_dim
-    scores = 5 * min(max(SCORES, c.n_heads * context), tokens * c.n_heads * context)
+    per_token = max(8 * wide + 6 * c.ffn_dim, 2 * wide + c.vocab_size)
+    seen = 2 * rows * context * c.n_kv_heads * c.head_dim
+    scores = 4 * min(max(SCORES, c.n_heads * context), tokens * c.n_heads * context)
     return size * (tokens * per_token + seen + scores + TILE) + BESIDE
 
 
@@ -218,3 +215,40 @@ def roofline(
     GPUs the exchange between them, take from it.
     """
     return batch * bandwidth / bytes_per_step(config, format, context, batch, dtype)
+
+
+class Gpu(NamedTuple):
+    """A card as its data sheet has it."""
+
+    name: str
+    memory: int
+    bandwidth: float  # bytes a second
+
+
+# NVIDIA's data sheets: RTX 3060 12 GB (GDDR6, 192 bit), RTX 4090, A100 80 GB SXM, H100 SXM.
+GPUS = (
+    Gpu("RTX 3060 12 GB", 12 << 30, 360e9),
+    Gpu("RTX 4090", 24 << 30, 1008e9),
+    Gpu("A100 80 GB", 80 << 30, 2039e9),
+    Gpu("H100 80 GB", 80 << 30, 3350e9),
+)
+# Seconds from the end of a kernel in a CUDA graph to the start of the next: an assumption, which
+# selftest and tools/bench_cuda.py do not measure (launch_us is that of single launches).
+BETWEEN_KERNELS = 1.5e-6
+
+
+def step_kernels(config: Config) -> int:
+    """Kernels of a decode step of the engine cuda, all of one format: kernels/cuda/step.py."""
+    return 7 * config.n_layers + 3
+
+
+def predicted_step(
+    config: Config, format: str, context: int, dtype: str, bandwidth: float
+) -> float:
+    """Seconds of a decode step of one row: bytes / bandwidth + kernels. A prediction, not measured.
+
+    No GPU reads at the bandwidth of its data sheet, so the time will be longer: 0.8 to 0.9 of that
+    bandwidth would be good.
+    """
+    nbytes = bytes_per_step(config, format, context, 1, dtype)
+    return nbytes / bandwidth + step_kernels(config) * BETWEEN_KERNELS

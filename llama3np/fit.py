@@ -97,9 +97,7 @@ def _spread(wish: Wish, free: int) -> tuple[int, int] | None:
         except InputError:  # heads that cannot be divided so
             continue
         weights = wish.weights * cost.weight_bytes(part, "bf16") // whole
-        needs = cost.device_needs(
-            part, weights, wish.context, wish.kv, wish.chunk, wish.size
-        )
+        needs = cost.device_needs(part, weights, wish.context, wish.kv, wish.chunk, wish.size)
         if needs.total <= free:
             return gpus, needs.total
     return None

@@ -20,7 +20,12 @@ from llama3np.chat import chat_ids
 from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.kernels import stored
-from llama3np.kernels.engine import checked_threads, engine_class, make_engine
+from llama3np.kernels.engine import (
+    checked_threads,
+    engine_class,
+    make_engine,
+    refuse_unrounded,
+)
 from llama3np.numerics import profile
 from llama3np.params import Params, check, named
 from llama3np.sample import GREEDY, Sampling
@@ -105,9 +110,11 @@ class Llama:
         """
         if self.device.kind == "cpu":
             return stored(params)
-        from llama3np.kernels.cuda.loading import device_bytes, device_params
+        from llama3np.kernels.cuda.loading import device_params
 
-        weights = sum(map(device_bytes, named(params, self.config.tied).values()))
+        if self.profile.rounded:
+            refuse_unrounded(params, self.config, self.profile)
+        weights = sum(w.nbytes for w in named(params, self.config.tied).values())
         wish = fit.Wish(
             self.config,
             weights,
@@ -388,7 +395,8 @@ def load(
 
     path: the file or directory, or the name of a model installed here ("smollm2").
     device: "cpu", "cuda" or "cuda:1"; a plan of the memory of a CUDA device is logged (logger
-    "llama3np", level INFO) before anything is allocated there. dtype: the profile, "float32", "float64", or "bf16-mm" for bf16 weights.
+    "llama3np", level INFO) before anything is allocated there.
+    dtype: the profile, "float32", "float64", or "bf16-mm" for bf16 weights.
     max_seq_len: the most tokens of a prompt and its continuation; the model's own, and at most
     8192, if None.
     progress(done, total, name): is told the bytes that are read and converted; mapped ones are
@@ -396,8 +404,8 @@ def load(
     rope_factor: of a Meta directory with use_scaled_rope, whose files do not tell it; 32 for the
     widths of 3.2 1B and 3B, else 8, if None.
     engine: "numpy", or "numba" for compiled kernels (the extra `fast`); that where it is installed,
-    if None. On a CUDA device "cupy", the plain operations, or "cuda", kernels of ours; that where
-    it is there, if None. threads: as many as there are physical cores, if None. kv_dtype: what keys and values
+    if None. On a CUDA device "cuda", by kernels of ours, or "cupy", the plain operations; "cuda" if
+    None. threads: as many as there are physical cores, if None. kv_dtype: what keys and values
     are stored as, "f32", "bf16" or "f16"; the profile's own type if None. prefill_chunk: tokens of
     a prompt that go through the model at once, over all rows.
     Raises InputError, in one sentence, for whatever cannot be used, and of it CheckpointError if

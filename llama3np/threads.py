@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import threading
 import time
 import weakref
@@ -71,13 +72,18 @@ class Pool:
         self._lock = threading.Lock()
         self._process = 0  # whose threads these are: a fork has none of them
 
+    def __reduce__(self) -> Any:
+        """A copy has as many threads, but its own."""
+        return Pool, (self.threads,)
+
     def run(self, job: Callable[[int], Any]) -> None:
         """Call job(0) here and job(1), ..., job(threads - 1) elsewhere, as soon as they can.
 
         All in the caller's context, of which NumPy's treatment of overflows is a part.
 
         Returns when job(0) does: a job must know by itself when all of it is done, and a helper
-        that comes too late must find nothing left to do. Jobs must not raise.
+        that comes too late must find nothing left to do. Jobs must not raise: of what one raises
+        elsewhere the caller does not hear, threading.excepthook is told of it.
         """
         for queue in self._helpers():
             queue.put(_in_this_context(job))
@@ -118,7 +124,11 @@ def _in_this_context(job: Callable[[int], Any]) -> Callable[[int], Any]:
 
 def _serve(queue: Queue, worker: int) -> None:
     while (job := queue.get()) is not None:
-        job(worker)
+        try:
+            job(worker)
+        except BaseException:  # reported as an unhandled one, which would end the thread
+            told = (*sys.exc_info(), threading.current_thread())
+            threading.excepthook(threading.ExceptHookArgs(told))
         del job  # what it holds on to need not live until the next one comes
 
 

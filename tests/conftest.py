@@ -64,13 +64,18 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=devices.missing))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Start every test on CuPy with a fresh device."""
+    if item.get_closest_marker("cuda") and devices.kind == devices.SOFT and not devices.missing:
+        refresh()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """Start a test on CuPy with a fresh device, and draw fewer examples for it."""
+    """Draw fewer examples for a test on CuPy."""
     if not item.get_closest_marker("cuda"):
         return (yield)
-    if devices.kind == devices.SOFT:
-        refresh()
     with fewer_examples(item):
         return (yield)
 
@@ -110,14 +115,16 @@ def softcuda():
 
 
 @pytest.fixture
-def strict_memory(softcuda):
-    """The software device with every array an allocation of its own: no overrun stays unseen."""
-    pooled = devices.cupy.cuda.get_allocator()
-    softcuda.config(guard=True)
+def checked(softcuda):
+    """The software device at its strictest: NVRTC's PTX, and every array its own allocation."""
+    if not softcuda.has_nvrtc():
+        pytest.skip("NVRTC is not installed (pip install -e '.[test-cuda]')")
+    chosen, pooled = softcuda.executor, devices.cupy.cuda.get_allocator()
+    softcuda.executor = "ptx"
     devices.cupy.cuda.set_allocator(None)
     yield softcuda
     devices.cupy.cuda.set_allocator(pooled)
-    softcuda.config(guard=False)
+    softcuda.executor = chosen
 
 
 # ---- what was skipped ---------------------------------------------------------------------------
@@ -144,9 +151,12 @@ def tell_what_no_gpu_ran(terminalreporter):
         for report in terminalreporter.stats.get(outcome, [])
         if "gpu" in report.keywords
     )
-    if not marked.total() or devices.kind == devices.GPU and devices.missing is None:
+    if not marked or (devices.kind == devices.GPU and devices.missing is None):
         return
     ran = marked["passed"] + marked["failed"]
+    if fallbacks := sys.modules.get("softcuda") and sys.modules["softcuda"].fallbacks:
+        names = ", ".join(name for names, _ in fallbacks for name in names)
+        terminalreporter.write_line(f"kernels whose PTX is not known, run as source: {names}")
     terminalreporter.write_line(
         f"gpu tests: {marked.total()} not run on a GPU, for want of one; {ran} of them ran on the "
         "software device (pytest -m gpu runs them where there is a GPU)"

@@ -62,26 +62,36 @@ def describe():
 
 
 def on(xp, tree):
-    """An array, or a tuple, list or dict of arrays however deep, as arrays of that module.
+    """An array, or a tuple of them however deep (so all params), as arrays of that module.
 
-    One array that stands in two places stays one, as tied weights must.
+    One array that stands in two places stays one, as tied weights must; what is no array stays.
     """
     moved = {}
 
     def move(node):
-        if isinstance(node, dict):
-            return {name: move(value) for name, value in node.items()}
-        if isinstance(node, tuple) and hasattr(node, "_fields"):
-            return type(node)(*map(move, node))
-        if isinstance(node, list | tuple):
-            return type(node)(map(move, node))
+        if isinstance(node, tuple):
+            return rebuilt(node, map(move, node))
+        if xp is np or not isinstance(node, np.ndarray):
+            return node
         if id(node) not in moved:
-            moved[id(node)] = node if xp is np else xp.asarray(node)
+            moved[id(node)] = xp.asarray(node)
         return moved[id(node)]
 
     return move(tree)
 
 
-def to_host(array):
-    """An array of either module as a NumPy array."""
-    return array if isinstance(array, np.ndarray | np.generic) else array.get()
+def to_host(tree):
+    """An array of either module, or a tuple of them, as NumPy arrays."""
+    if isinstance(tree, tuple):
+        return rebuilt(tree, map(to_host, tree))
+    return tree.get() if cupy is not None and isinstance(tree, cupy.ndarray) else tree
+
+
+def rebuilt(old, members):
+    """A tuple, or named tuple, like the old one."""
+    return type(old)(*members) if hasattr(old, "_fields") else tuple(members)
+
+
+def apply(xp, function, *args):
+    """What a function makes of these arguments on that module: NumPy in, NumPy out."""
+    return to_host(function(*on(xp, args)))

@@ -143,7 +143,7 @@ def test_timed_operations_are_the_operations():
     expected = llm.forward([1, 2, 3])
     llm.engine.ops = bench.timed_ops(llm.engine.ops, bench.weight_names(llm.params), spent)
     took = machine.seconds(lambda: assert_same(llm.forward([1, 2, 3]), expected, "logits"))
-    weights = {"wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down", "head_VD"}
+    weights = {"q, k, v", "wo", "gate, up", "down", "logits"}
     assert set(spent) == weights | {"rms_norm", "rope", "attention", "swiglu"}
     assert 0 < sum(spent.values()) < took
 
@@ -375,7 +375,7 @@ def test_the_command_prints_everything(tiny):
         assert part["tokens_per_s"] == pytest.approx(median(part["samples"]))
         assert 0 < part["share_of_limit"] == pytest.approx(median(part["share_samples"]))
     assert found["time_to_first_token_s"] > 0
-    assert {"wq", "head_VD", "attention", "other"} <= set(found["profile"]["prefill"])
+    assert {"q, k, v", "logits", "attention", "other"} <= set(found["profile"]["prefill"])
     assert {"attention", "other"} <= set(found["profile"]["decode"])
     assert found["profile"]["attention_share_of_limit"] > 0
     assert {"python", "numpy", "blas"} <= set(found["versions"])
@@ -391,7 +391,7 @@ REPORT = {
                 "share_of_limit": 0.912, "share_of_limit_range": [0.9, 0.93]},
     "decode": {"tokens": 64, "tokens_per_s": 17.06, "tokens_per_s_range": [16.0, 17.5],
                "share_of_limit": 0.931, "share_of_limit_range": [0.9, 0.95]},
-    "profile": {"prefill": {"wq": 0.25, "other": 0.75}, "decode": {"attention": 0.002},
+    "profile": {"prefill": {"wo": 0.25, "other": 0.75}, "decode": {"attention": 0.002},
                 "attention_share_of_limit": 0.61},
     "vs": {"program": "llama.cpp", "version": "0.3.36", "pairs": 7, "agreeing_ids": [65, 65],
            "prefill": {"our_tokens_per_s": 178.0, "their_tokens_per_s": 233.0, "ratio": 0.764,

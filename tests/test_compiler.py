@@ -3,6 +3,9 @@
 import importlib.util
 import os
 import stat
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +27,7 @@ def compiled(tmp_path):
         source.write_text("def double(x):\n    return 2 * x\n", encoding="utf-8")
     spec = importlib.util.spec_from_file_location("doubling", source)
     module = importlib.util.module_from_spec(spec)
+    sys.modules["doubling"] = module  # numba looks there for what it read from a file
     spec.loader.exec_module(module)
     return compiler.jit(module.double)
 
@@ -100,6 +104,43 @@ def test_without_a_home_a_folder_that_only_this_user_can_write_to(tmp_path, monk
     assert stat.S_IMODE(own.stat().st_mode) == 0o700
     own.chmod(0o777)  # as another user would make it
     assert str(compiler.cache_folder().parent) == os.devnull
+
+
+def kept(name, days_unused, root):
+    """A folder of kernels that was last used so many days ago."""
+    (root / name / "inside").mkdir(parents=True)
+    then = time.time() - days_unused * 86400
+    os.utime(root / name, (then, then))
+    return root / name
+
+
+def test_folders_that_were_long_not_used_go_when_a_new_one_comes(tmp_path):
+    unused = kept("kernels-0123456789abcdef", 61, tmp_path)
+    others = [
+        kept("kernels-fedcba9876543210", 59, tmp_path),
+        kept("kernels-of-somebody-else", 99, tmp_path),
+        kept("another", 99, tmp_path),
+    ]
+    own = kept("kernels-aaaaaaaaaaaaaaaa", 99, tmp_path)
+    compiler.mark_used(own)
+    assert unused.exists()  # no new one came
+    assert time.time() - own.stat().st_mtime < 60
+    compiler.mark_used(tmp_path / "kernels-bbbbbbbbbbbbbbbb")
+    assert not unused.exists()
+    assert all(folder.exists() for folder in (own, *others))
+
+
+def test_a_folder_that_cannot_be_removed_or_marked_is_no_error(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError
+
+    unused = kept("kernels-0123456789abcdef", 61, tmp_path)
+    monkeypatch.setattr(os, "rmdir", refuse)
+    compiler.mark_used(tmp_path / "kernels-bbbbbbbbbbbbbbbb")
+    assert unused.exists()
+    monkeypatch.setattr(os, "utime", refuse)
+    compiler.mark_used(unused)
+    compiler.mark_used(Path(os.devnull, "kernels"))
 
 
 def test_numbas_own_setting_is_left_alone(folder, tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """The engines against the oracle: whole models, over threads, storage, ragged rows and splits."""
 
+import copy
 import gc
 import os
+import pickle
 import threading
 import time
 import tracemalloc
@@ -27,6 +29,7 @@ from llama3np.kernels.blocks import Blocks
 from llama3np.kernels.engine import ENGINES, make_engine
 from llama3np.kernels.ggml import FORMATS
 from llama3np.llm import Llama
+from llama3np.load.files import map_file, view
 from llama3np.numerics import profile
 from llama3np.params import from_named, named
 
@@ -370,7 +373,7 @@ def test_a_cache_of_views_is_written_where_it_lies(name):
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_weight_of_one_repeated_row_is_multiplied(name):
-    """Its rows lie on each other: no compiled kernel counts bytes from one to the next."""
+    """Its rows lie on each other, as those of np.broadcast_to do."""
     config = Config(8, 1, 2, 1, 4, 8, 9, tied=False)
     params = llama3np.params.random(config, np.random.default_rng(0))
     row_D = np.random.default_rng(1).standard_normal(8, np.float32)
@@ -411,6 +414,39 @@ def test_a_model_is_freed_when_nobody_has_it(name):
         assert engine() is None
     finally:
         gc.enable()
+
+
+def mapped(params, config, path):
+    """The same weights in a mapped file, read-only."""
+    weights = {name: np.asarray(w) for name, w in named(params, config.tied).items()}
+    path.write_bytes(b"".join(w.tobytes() for w in weights.values()))
+    data, ends = map_file(path), np.cumsum([w.nbytes for w in weights.values()]).tolist()
+    return from_named(
+        {
+            name: view(data, w.dtype, w.shape, end - w.nbytes)
+            for (name, w), end in zip(weights.items(), ends, strict=True)
+        },
+        config,
+    )
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("kind", ["bfloat16", "mapped", "shards", "Q4_0"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda llm: pickle.loads(pickle.dumps(llm))])
+def test_a_copy_of_a_model_has_weights_and_threads_of_its_own(name, kind, copied, tmp_path):
+    params = params_of("bfloat16" if kind == "mapped" else kind, WIDE, np.random.default_rng(4))
+    if kind == "mapped":
+        params = mapped(params, WIDE, tmp_path / "weights")
+    llm = Llama(WIDE, params, engine=name, threads=2)
+    ids = np.random.default_rng(5).integers(0, WIDE.vocab_size, 12).tolist()
+    expected = llm.forward(ids), llm.forward(ids[:1])
+    other = copied(llm)
+    assert other.engine.params is other.params
+    assert other.engine.pool is not llm.engine.pool
+    assert other.params.head_VD is not llm.params.head_VD
+    del llm, params  # their memory goes
+    for found, logits in zip((other.forward(ids), other.forward(ids[:1])), expected, strict=True):
+        assert_same(found, logits, "logits")
 
 
 @pytest.mark.parametrize("threads", [0, -1, 10**6, 1.5, True])

@@ -14,7 +14,7 @@ from strategies import seeds
 pytest.importorskip("numba", reason="numba is not installed")
 from llama3np.config import Config
 from llama3np.kernels import Blocks, Half, Joined
-from llama3np.kernels.cpu import gemm
+from llama3np.kernels.cpu import gemm, gemv
 from llama3np.kernels.cpu.gemm import products, takes
 from llama3np.kernels.engine import make_engine
 from llama3np.kernels.ggml import FORMATS, decode
@@ -107,6 +107,22 @@ def test_product_is_near_the_exact_one(name, M, n_out, pool, seed, data):
     x_MK = normal(seed, M, w.shape[1])
     (y_MO,) = products(x_MK, [w], pool)
     assert_near_exact(y_MO, x_MK, wide_OK)
+
+
+@every_format
+@settings(max_examples=12)
+@given(rows_of_w, pools, seeds, st.data())
+def test_product_of_one_row_is_near_the_exact_one(name, n_out, pool, seed, data):
+    """In chunks small enough that there are several; the same bits over any number of threads."""
+    w, wide_OK = data.draw(weights(name, n_out))
+    both = [w, Joined([wide_OK, wide_OK], 0)]
+    x_1K = normal(seed, 1, w.shape[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gemv, "CHUNK", 5 * w.shape[1])
+        found = gemv.products(x_1K, both, pool)
+    for y_1O, alone_1O in zip(found, gemv.products(x_1K, both, POOLS[1]), strict=True):
+        assert_near_exact(y_1O, x_1K, np.tile(wide_OK, (y_1O.size // n_out, 1)))
+        np.testing.assert_array_equal(y_1O, alone_1O)
 
 
 @given(rows_of_x, rows_of_w, pools, seeds, st.data())
@@ -226,15 +242,18 @@ def test_the_engine_multiplies_by_it_where_it_is_fast(is_fast, monkeypatch):
     params = random(config, np.random.default_rng(0), np.float16)
     engine = make_engine("numba", 2, params, config, profile("float32"))
     called = []
-    monkeypatch.setattr(gemm, "products", lambda *a: called.append(1) or products(*a))
-    x_BTD = normal(0, 1, 40, 16)
+    monkeypatch.setattr(gemm, "products", lambda *a: called.append("gemm") or products(*a))
+    one = gemv.products
+    monkeypatch.setattr(gemv, "products", lambda *a: called.append("gemv") or one(*a))
     stacked = np.stack([normal(1, 8, 16), normal(2, 8, 16)])
     for w, is_taken in (
         (Half(params.layers[0].wq), True),
         (Half(Joined([*stacked.astype(np.float16)], 0)), True),
         (Half(Joined([*stacked.astype(np.float16)[:, :, :8]], 1)), False),
     ):
-        called.clear()
-        y_BTO = engine.linear(x_BTD, w)
-        assert bool(called) == (is_taken and is_fast)
-        assert_near_exact(y_BTO[0], x_BTD[0], np.asarray(w.stored).astype(np.float32))
+        for rows, name, is_ours in ((40, "gemm", is_taken and is_fast), (1, "gemv", is_taken)):
+            called.clear()
+            x_BTD = normal(0, 1, rows, 16)
+            y_BTO = engine.ops.linear(x_BTD, w)
+            assert called == [name] * is_ours
+            assert_near_exact(y_BTO[0], x_BTD[0], np.asarray(w.stored).astype(np.float32))

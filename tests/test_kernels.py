@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import configs, seeds
 
+from llama3np import model
 from llama3np.kernels import Blocks, Half, Joined, chunks, ggml, product, stored
 from llama3np.kernels.ggml import FORMATS
+from llama3np.kernels.linear import Linear
 from llama3np.kernels.widening import from_half
 from llama3np.params import random
 from llama3np.threads import Pool, single_threaded_blas
@@ -314,3 +316,49 @@ def test_memory_is_not_asked_for_again_and_again():
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 1000  # pages; it would be 2300
+
+
+# ---- several weights of one x -------------------------------------------------------------------
+
+
+@given(configs(), seeds, st.lists(st.tuples(st.integers(0, 2), st.integers(0, 7)), max_size=20))
+def test_linear_is_the_specs_in_whatever_order_it_is_asked(config, seed, asked):
+    """What is computed beside the first of a group is never given for another x or weight."""
+    params = random(config, np.random.default_rng(seed))
+    rng, calls = np.random.default_rng(seed), []
+    xs = [rng.standard_normal((1, 2, config.dim)).astype(np.float32) for _ in range(3)]
+    layer = params.layers[0]
+    weights = (*layer[:4], layer.wk, layer.w_gate, layer.w_up, params.head_VD)
+    weights = [w for w in weights if w.ndim == 2 and w.shape[1] == config.dim]
+
+    def multiply(x_MD, ws):
+        calls.append(len(ws))
+        return [x_MD @ w.T for w in ws]
+
+    linear = Linear(params, multiply)
+    for i, j in asked:
+        w = weights[j % len(weights)]
+        assert_same(linear(xs[i], w), model.linear(xs[i], w), "y")
+    x_BTD = xs[0].copy()
+    calls.clear()
+    for w in (layer.wq, layer.wk, layer.wv, layer.w_gate, layer.w_up):
+        linear(x_BTD, w)
+    assert calls == [3, 2]
+
+
+@given(configs(), seeds, st.integers(2, 4))
+def test_linear_may_be_called_by_several_threads(config, seed, callers):
+    params = random(config, np.random.default_rng(seed))
+    linear = Linear(params, lambda x_MD, ws: [x_MD @ w.T for w in ws])
+    start = threading.Barrier(callers)
+
+    def call(i):
+        x_BTD = np.random.default_rng(i).standard_normal((1, 3, config.dim)).astype(np.float32)
+        start.wait()
+        for layer in params.layers * 3:
+            for w in (layer.wq, layer.wk, layer.wv, layer.w_gate, layer.w_up):
+                assert_same(linear(x_BTD, w), model.linear(x_BTD, w), "y")
+        return True
+
+    with ThreadPoolExecutor(callers) as pool:
+        assert all(pool.map(call, range(callers)))

@@ -7,7 +7,7 @@ make_checkpoint.py if they are not there: 16.1 GB of disk each. Each is measured
 own, after its files were read once, and the table is printed in Markdown.
 
 Open to ready is llama3np.load, tokenizer included; the import before it is not. RssAnon is memory
-that only this process has, VmRSS less what is mapped from files; its peak is looked up every 50 ms.
+that only this process has, VmRSS less what is mapped from files; its peak is looked up every 20 ms.
 Page cache is what of the files is mapped and resident (RssFile). Decoding is greedy. The speeds
 mean something on an idle machine only: with a second process on its cores, BLAS threads wait for
 one another at every chunk of weights, and decoding was seen to take ten times as long.
@@ -20,7 +20,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from typing import Any
 import make_checkpoint
 
 import llama3np
+from llama3np.machine import Peak, resident
 from llama3np.presets import PRESETS
 
 PRESET = "llama3-8b"
@@ -42,33 +42,6 @@ ROWS = {  # key -> what it is called, its format, and the bar
 }
 
 
-def resident(kind: str) -> float:
-    """RssAnon or RssFile of this process in GB (10**9 bytes)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(kind + ":"):
-            return int(line.split()[1]) * 1024 / 1e9
-    raise SystemExit(f"/proc/self/status has no {kind}: this benchmark needs Linux")
-
-
-class Peak:
-    """The largest RssAnon while the block runs."""
-
-    def __enter__(self) -> Peak:
-        self.gigabytes, self._done = resident("RssAnon"), threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.05):
-            self.gigabytes = max(self.gigabytes, resident("RssAnon"))
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self.gigabytes = max(self.gigabytes, resident("RssAnon"))
-
-
 def warm(folder: Path) -> None:
     """Read every file once, so that the page cache has what fits of it."""
     for file in sorted(folder.rglob("*")):
@@ -78,18 +51,26 @@ def warm(folder: Path) -> None:
                     pass
 
 
+def gigabytes(nbytes: int | None) -> float:
+    """In units of 10^9."""
+    return (nbytes or 0) / 1e9
+
+
 def measure(path: str) -> dict[str, float]:
     """All rows of one checkpoint, in this process."""
+    if resident("RssAnon") is None:
+        raise SystemExit("/proc/self/status has no RssAnon: this benchmark needs Linux")
     start = time.perf_counter()
     llm = llama3np.load(path, max_seq_len=MAX_SEQ_LEN)
-    figures = {"open_s": time.perf_counter() - start, "ready_anon": resident("RssAnon")}
+    figures = {"open_s": time.perf_counter() - start, "ready_anon": gigabytes(resident("RssAnon"))}
     prompt = [1 + 7 * i % 127_000 for i in range(PROMPT_TOKENS)]
+    llm.generate([prompt[:16]], 2, stop_ids=())  # kernels are compiled, once for a machine
     cache = llm.new_cache()
     times = [time.perf_counter()]
     with Peak() as peak:
         for _ in llm.stream(prompt, NEW_TOKENS + 1, cache=cache, stop_ids=()):
             times.append(time.perf_counter())
-    figures |= {"peak_anon": peak.gigabytes, "file": resident("RssFile")}
+    figures |= {"peak_anon": gigabytes(peak.nbytes), "file": gigabytes(resident("RssFile"))}
     figures["prefill"] = PROMPT_TOKENS / (times[1] - times[0])
     figures["decode"] = NEW_TOKENS / (times[-1] - times[1])
     return figures

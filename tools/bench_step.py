@@ -1,4 +1,4 @@
-"""What a decode step costs beside its own matrix-vector products, in the same process.
+"""What a decode step of the engine "numpy" costs beside its own products, in the same process.
 
     env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE python tools/bench_step.py [MODEL]
 
@@ -17,6 +17,7 @@ import numpy as np
 
 import llama3np
 from llama3np.params import named
+from llama3np.threads import single_threaded_blas
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     args = parser.parse_args()
 
-    llm = llama3np.load(args.model)
+    llm = llama3np.load(args.model, engine="numpy")
     weights = named(llm.params, llm.config.tied)
     matrices = [w for name, w in weights.items() if len(w.shape) == 2 and name != "embed_VD"]
     if llm.config.tied:
@@ -41,8 +42,9 @@ def main() -> None:
     vectors = {w.shape[1]: rng.standard_normal((1, w.shape[1]), dtype="f") for w in matrices}
 
     def products() -> None:
-        for w in matrices:
-            vectors[w.shape[1]] @ w.T
+        with single_threaded_blas():
+            for w in matrices:
+                llm.engine.ops.linear(vectors[w.shape[1]], w)
 
     cache = llm.new_cache(1, args.context + 1)
     llm.forward(rng.integers(0, llm.config.vocab_size, args.context), cache, last_only=True)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
-from llama3np.kernels.chunks import Transposed
+from llama3np.kernels.chunks import Stored
 from llama3np.kernels.ggml import FORMATS, decode, decode_rows
 
 
-class Blocks:
+class Blocks(Stored):
     """A matrix that stays in ggml's blocks, in a mapped file for example.
 
     It multiplies as `x_MD @ w.T` and looks rows up as `w[ids]`, by the float32 that its blocks
@@ -20,7 +19,6 @@ class Blocks:
     of a row) uint8; rows may lie anywhere. Raises ValueError for parts of blocks.
     """
 
-    ndim = 2
     dtype = np.dtype(np.float32)  # of the weights, not of what is stored
 
     def __init__(self, type_name: str, stored: np.ndarray):
@@ -36,16 +34,6 @@ class Blocks:
         """The bytes of the blocks."""
         return self.stored.nbytes
 
-    @property
-    def size(self) -> int:
-        """The number of weights."""
-        return math.prod(self.shape)
-
-    @property
-    def T(self) -> Transposed:
-        """The right operand of a product."""
-        return Transposed(self)
-
     def __getitem__(self, rows: Any) -> np.ndarray:
         """Rows of the matrix, decoded: by a slice, or by ids in an array of any shape."""
         stored = self.stored[rows]
@@ -57,9 +45,3 @@ class Blocks:
             decode_rows(self.type, self.stored[start:stop], out)
         else:
             out[...] = self[start:stop]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """The whole matrix decoded, for a writer that holds one tensor at a time."""
-        if copy is False:
-            raise ValueError("a Blocks is not an array: to make one is to decode it")
-        return self[:].astype(dtype or self.dtype, copy=False)

@@ -1,7 +1,8 @@
-"""The product with a weight that is read, and widened, a few rows at a time."""
+"""A stored weight, and the product with it: it is read, and widened, a few rows at a time."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,47 @@ import numpy as np
 CHUNK = 2**19
 
 
+class Stored:
+    """What stored matrices of any format have in common, beside rows by `w[ids]`."""
+
+    ndim = 2
+    shape: tuple[int, int]
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of what is stored."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def T(self) -> Transposed:
+        """The right operand of a product."""
+        return Transposed(self)
+
+    def widen(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Fill `out`, contiguous, with rows start to stop."""
+        raise NotImplementedError
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The whole matrix, for a writer that holds one tensor at a time."""
+        if copy is False:
+            raise ValueError(f"a {type(self).__name__} is not an array: to make one is to copy it")
+        whole = np.empty(self.shape, dtype or self.dtype)
+        self.widen(0, self.shape[0], whole)
+        return whole
+
+
 class Transposed:
-    """The right operand of `x_MD @ w.T`, for any stored format: w.widen gives its rows."""
+    """The right operand of `x_MD @ w.T`, for any stored format."""
 
     __array_ufunc__ = None  # so that NumPy leaves x @ w.T to __rmatmul__
 
-    def __init__(self, w: Any):
+    def __init__(self, w: Stored):
         self.w = w
 
     def __rmatmul__(self, x_MD: np.ndarray) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -21,27 +20,19 @@ from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.kernels import tokens
 from llama3np.kernels.attention import attention
-from llama3np.kernels.product import product
+from llama3np.kernels.linear import Linear, Products
+from llama3np.kernels.product import products
 from llama3np.kernels.rounded import round_bf16
 from llama3np.numerics import Profile
 from llama3np.params import Params, named
 from llama3np.threads import Pool, available_cores, single_threaded_blas
 
 ENGINES = ("numpy", "numba")
-# Name -> module and class, of those on a CUDA device, the usual one last.
+# Name -> module and class, of those on a CUDA device; cuda if none is named.
 CUDA_ENGINES = {
     "cupy": ("llama3np.kernels.cuda.plain", "CupyEngine"),
     "cuda": ("llama3np.kernels.cuda.engine", "CudaEngine"),
 }
-
-
-Multiply = Callable[[np.ndarray, Any], np.ndarray]  # (x_MD, w) -> x_MD @ w.T
-
-
-def linear(x_BTD: Any, w: Any, *, multiply: Multiply) -> Any:
-    """model.linear by another product."""
-    y_MO = multiply(x_BTD.reshape(-1, x_BTD.shape[-1]), w)
-    return y_MO.reshape(*x_BTD.shape[:-1], w.shape[0])
 
 
 class Engine:
@@ -58,20 +49,24 @@ class Engine:
         self.params, self.config, self.profile, self.pool = params, config, profile, pool
         self.tapped = model.PLAIN._replace(
             rms_norm=partial(tokens.rms_norm, pool=pool),
-            linear=partial(linear, multiply=self.multiplier()),
+            linear=Linear(params, self.products()),
             rope=partial(tokens.rope, pool=pool),
             swiglu=partial(tokens.swiglu, pool=pool),
         )
         self.ops = self.tapped._replace(attention=partial(attention, pool=pool))
 
-    def multiplier(self) -> Multiply:
+    def __reduce__(self) -> Any:
+        """A copy is made anew from copies of the weights: what is compiled holds addresses."""
+        return type(self), (self.params, self.config, self.profile, self.pool)
+
+    def products(self) -> Products:
         """What computes x_MD @ w.T by the profile. It does not hold on to the engine.
 
         An engine that held operations that held it would not be freed, weights and all, before
         the next garbage collection.
         """
         rounded, pool, widen = self.profile.rounded, self.pool, self.widen
-        return lambda x_MD, w: product(round_bf16(x_MD) if rounded else x_MD, w, pool, widen)
+        return lambda x_MD, ws: products(round_bf16(x_MD) if rounded else x_MD, ws, pool, widen)
 
     def forward(
         self, ids_BT: Any, cache: Cache, new_B: Any = None, tap: Any = None, last_only: bool = True
@@ -139,16 +134,11 @@ def engine_class(name: str | None, device: Device = CPU) -> type[Any]:
     return CompiledEngine
 
 
-def cuda_engines() -> list[str]:
-    """The names of CUDA_ENGINES that this installation has, the usual one last."""
-    return [name for name, (module, _) in CUDA_ENGINES.items() if find_spec(module)]
-
-
 def _cuda_class(name: str | None) -> type[Any]:
-    known = cuda_engines()
-    if name not in (None, *known):
-        raise InputError(f"engine: expected one of {', '.join(known)} (on cuda), found {name!r}")
-    module, kind = CUDA_ENGINES[name or known[-1]]
+    if name not in (None, *CUDA_ENGINES):
+        of = ", ".join(CUDA_ENGINES)
+        raise InputError(f"engine: expected one of {of} (on cuda), found {name!r}")
+    module, kind = CUDA_ENGINES[name or "cuda"]
     return getattr(import_module(module), kind)
 
 

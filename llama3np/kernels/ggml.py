@@ -231,6 +231,8 @@ FORMATS = {
     "Q6_K": Format(14, 256, 210, _q6_k),
 }
 
+NAMES = {form.number: name for name, form in FORMATS.items()}  # by the number in the file
+
 # ggml's other types, to name them when they are refused.
 OTHER_TYPES = {
     9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from llama3np.kernels.chunks import Transposed
+from llama3np.kernels.chunks import Stored
 from llama3np.kernels.widening import widen
 
 
-class Half:
+class Half(Stored):
     """A float16 or bfloat16 matrix that stays as stored, in a mapped file for example.
 
     It multiplies as `x_MD @ w.T` and looks rows up as `w[ids]`; both widen the weights they touch
@@ -19,13 +19,7 @@ class Half:
     """
 
     def __init__(self, stored: Any):
-        self.stored = stored
-        self.shape, self.dtype, self.nbytes = stored.shape, stored.dtype, stored.nbytes
-
-    @property
-    def T(self) -> Transposed:
-        """The right operand of a product."""
-        return Transposed(self)
+        self.stored, self.shape, self.dtype = stored, stored.shape, stored.dtype
 
     def widen(self, start: int, stop: int, out: np.ndarray) -> None:
         """Fill `out`, contiguous, with rows start to stop."""

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from llama3np.kernels.chunks import Transposed
+from llama3np.kernels.chunks import Stored
 from llama3np.kernels.widening import widen
 
 
-class Joined:
+class Joined(Stored):
     """Matrices of one shape and dtype, read as np.concatenate(parts, axis) would be.
 
     Rows are gathered when they are asked for: `w[start:stop]`, `w[ids]`, and chunk by chunk in
     `x_MD @ w.T`, which has the same bits however many parts there are. np.asarray makes the whole.
     """
-
-    ndim = 2
 
     def __init__(self, parts: Sequence[np.ndarray], axis: int):
         first = parts[0]
@@ -29,21 +26,6 @@ class Joined:
         n_out, n_in = first.shape
         n = len(parts)
         self.shape = (n * n_out, n_in) if axis == 0 else (n_out, n * n_in)
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all parts."""
-        return sum(part.nbytes for part in self.parts)
-
-    @property
-    def size(self) -> int:
-        """The number of weights."""
-        return math.prod(self.shape)
-
-    @property
-    def T(self) -> Transposed:
-        """The right operand of a product."""
-        return Transposed(self)
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         """Rows of the whole, by a slice without a step, or by ids >= 0 in an array of any shape."""
@@ -84,9 +66,3 @@ class Joined:
         for i, part in enumerate(self.parts):
             rows[owner == i] = part[local[owner == i]]
         return rows
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """The whole matrix, for a writer that holds one tensor at a time."""
-        if copy is False:
-            raise ValueError("a Joined is not an array: to make one is to copy it")
-        return np.concatenate(self.parts, self.axis).astype(dtype or self.dtype, copy=False)

@@ -23,8 +23,9 @@ Widen = Callable[[Any, int, int, np.ndarray], None]
 # Weights in a chunk when few vectors are multiplied: 4 MiB of float32. Measured: reading from
 # memory is slow if the scratch fits into a core's own cache, and four times as many are too many.
 CHUNK = 2**20
-# Below this many a second thread gains less than it costs to wake.
-SHARE = 2**17
+# Up to so many for each thread, over all weights of one x, a second one gains less than it costs to
+# wake it.
+SHARE = 2**18
 # From so many vectors on, BLAS copies parts of both matrices to lay them out for itself. Larger
 # tiles make fewer copies of the vectors: rows of a tile, its weights (32 MiB) and vectors at most.
 PREFILL, TILE_ROWS, TILE, TILE_VECTORS = 32, 1024, 2**23, 1024
@@ -58,18 +59,21 @@ def products(
     x_MD: np.ndarray, weights: Sequence[Any], pool: Pool, widen: Widen | None = None
 ) -> list[np.ndarray]:
     """Multiply several weights by one x_MD, as `product` does, with threads that wait only once."""
-    M = len(x_MD)
-    y = [np.empty((M, w.shape[0]), x_MD.dtype) for w in weights]
-    steps = [_step(M, w.shape, pool.threads) for w in weights]
+    M, y = len(x_MD), [np.empty((len(x_MD), w.shape[0]), x_MD.dtype) for w in weights]
+    shared = M * sum(w.shape[0] * w.shape[1] for w in weights) > SHARE * pool.threads
+    steps = [_step(M, w.shape, pool.threads if shared else 1) for w in weights]
     chunks = [(j, at) for j, w in enumerate(weights) for at in range(0, w.shape[0], steps[j])]
-    x_PD = _padded(x_MD)
+    x_PD, widen = _padded(x_MD), widen or widen_rows
 
     def task(i: int, _: int) -> None:
         j, start = chunks[i]
-        y_MO = y[j][:, start : start + steps[j]]
-        _multiply(x_PD, weights[j], start, y_MO, widen or widen_rows)
+        _multiply(x_PD, weights[j], start, y[j][:, start : start + steps[j]], widen)
 
-    pool.map(task, len(chunks))
+    if shared:
+        pool.map(task, len(chunks))
+    else:
+        for i in range(len(chunks)):
+            task(i, 0)
     return y
 
 
@@ -78,9 +82,7 @@ def _step(M: int, shape: tuple[int, int], threads: int) -> int:
     n_out, n_in = shape
     most = max(1, CHUNK // n_in) if M < PREFILL else max(1, min(TILE_ROWS, TILE // n_in))
     chunks = -(-n_out // most)
-    if M * n_out * n_in > SHARE * threads:
-        chunks = -(-chunks // threads) * threads
-    return -(-n_out // chunks)
+    return -(-n_out // (-(-chunks // threads) * threads))
 
 
 def _padded(x_MD: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from llama3np.errors import CheckpointError, InputError
-from llama3np.kernels.ggml import FORMATS, OTHER_TYPES
+from llama3np.kernels.ggml import FORMATS, NAMES, OTHER_TYPES
 from llama3np.load.files import map_file, new_file, view
 from llama3np.load.lazy import Lazy, Progress, Rows, told, write_tensor
 
@@ -40,7 +40,6 @@ _SCALARS = {
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _INT_RANGES = {"I": (0, 2**32 - 1), "i": (-(2**31), 2**31 - 1)}
 _INT_RANGES |= {"Q": (0, 2**64 - 1), "q": (-(2**63), 2**63 - 1)}
-_NAMES = {form.number: name for name, form in FORMATS.items()}
 
 
 class TensorInfo(NamedTuple):
@@ -245,19 +244,19 @@ def _tensor_info(cursor: _Cursor, what: str, alignment: int) -> TensorInfo:
         raise cursor.fail(f"{what}: expected 1 to {MAX_DIMS} dimensions, found {n_dims}")
     dims = [cursor.scalar(_U64, what) for _ in range(n_dims)]
     number, offset = cursor.scalar(_U32, what), cursor.scalar(_U64, what)
-    if number not in _NAMES:
+    if number not in NAMES:
         other = OTHER_TYPES.get(number, f"number {number}")
         raise cursor.fail(f"{what}: expected a type of {', '.join(FORMATS)}, found {other}")
-    form = FORMATS[_NAMES[number]]
+    form = FORMATS[NAMES[number]]
     if 0 in dims or dims[0] % form.weights:
         raise cursor.fail(
             f"{what}: expected dimensions >= 1, the first a multiple of {form.weights} for "
-            f"{_NAMES[number]}, found {dims}"
+            f"{NAMES[number]}, found {dims}"
         )
     if offset % alignment:
         raise cursor.fail(f"{what}: expected an offset aligned to {alignment}, found {offset}")
     nbytes = math.prod(dims) // form.weights * form.nbytes
-    return TensorInfo(tuple(reversed(dims)), _NAMES[number], offset, nbytes)
+    return TensorInfo(tuple(reversed(dims)), NAMES[number], offset, nbytes)
 
 
 def _check_places(cursor: _Cursor, tensors: Mapping[str, TensorInfo]) -> None:

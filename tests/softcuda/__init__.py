@@ -17,15 +17,19 @@ import os
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 from softcuda.build import HERE, default_cache, refusal, shared_object
 
 # "src": CUDA source -> g++. "ptx": CUDA source -> NVRTC -> PTX -> C++ with checked accesses -> g++.
 executor = "src"
 ptx_arch = "80"
-nvrtc_check = ()  # architectures, such as ("75", "90"), that NVRTC must compile every source for too
-compiled = []  # (kernel names, seconds) of every kernel source that was not in CuPy's cache
-fallbacks = []  # (kernel names, why) of sources whose PTX could not be translated: they ran as "src"
+# Architectures, such as ("75", "90"), that NVRTC must compile every source for too.
+nvrtc_check: tuple[str, ...] = ()
+# (kernel names, seconds) of every source that was not in CuPy's cache.
+compiled: list[tuple[list[str], float]] = []
+# (kernel names, why) of PTX that could not be translated: these are run as "src".
+fallbacks: list[tuple[list[str], str]] = []
 
 EXECUTORS = ("src", "ptx")
 DEFAULTS = {
@@ -38,11 +42,12 @@ DEFAULTS = {
     "touch": False,
     "memory": 80 << 30,
 }
-_extension = None
-_cache = None
+SCHEDULES = (0, 1, 2)
+_extension: Any = None
+_cache: Any = None  # a Path, once the device is installed
 
 
-class Unavailable(ImportError):
+class Unavailable(ImportError):  # noqa: N818 - what it says of the device
     """This machine lacks what the software device needs; the message says what."""
 
 
@@ -70,7 +75,8 @@ def stats():
     h2d_bytes, d2h_bytes, d2d_bytes; live_bytes (now), peak_bytes;
     read_bytes, written_bytes: what kernels asked for, cached or not (executor "ptx" only);
     touched_bytes: distinct sectors of each launch, added up (with config(touch=True));
-    kernels, touched: launches and touched bytes by kernel;  trace: names in order.
+    kernels, touched: launches and touched bytes by kernel;  trace: names in order;
+    unchecked: runs by kernel of those that were not translated from PTX.
     """
     return _extension.stats()
 
@@ -97,7 +103,8 @@ def install(cc=(8, 0), cache_dir=None):
     """Put the software device under CuPy, and return cupy. Once a process; again does nothing.
 
     cc: the compute capability to report. cache_dir: where compiled files are kept, by default
-    SOFTCUDA_CACHE or a folder of the user's caches. SOFTCUDA_EXECUTOR chooses the executor.
+    SOFTCUDA_CACHE or a folder of the user's caches. SOFTCUDA_EXECUTOR chooses the executor, and
+    SOFTCUDA_SCHED the schedule.
     Raises Unavailable if the machine lacks a part, ImportError if cupy was imported before or has
     other C signatures than those known here.
     """
@@ -105,14 +112,18 @@ def install(cc=(8, 0), cache_dir=None):
     if _extension is not None:
         return sys.modules["cupy"]
     check_machine()
-    executor = chosen_executor()
     _cache = Path(cache_dir or default_cache()).resolve()
     os.environ["CUPY_CACHE_DIR"] = str(_cache / "cupy")  # never among kernels of a real device
-    os.environ["CUPY_ACCELERATORS"] = ""  # CUB is compiled CUDA: its results would be silently wrong
+    os.environ["CUPY_ACCELERATORS"] = (
+        ""  # CUB is compiled CUDA: its results would be silently wrong
+    )
     extension = _load_extension()
     _replace_runtime(extension, cc)
     _extension = extension
     cupy = _import_cupy()
+    executor = chosen_executor()
+    DEFAULTS["sched"] = chosen_schedule()
+    config(**DEFAULTS)
     from softcuda.compiler import hook
 
     hook(cupy.cuda.compiler, cc)
@@ -135,20 +146,39 @@ def chosen_executor():
     chosen = os.environ.get("SOFTCUDA_EXECUTOR") or "src"
     if chosen not in EXECUTORS:
         raise ValueError(f"SOFTCUDA_EXECUTOR: expected {' or '.join(EXECUTORS)}, found {chosen!r}")
-    if chosen == "ptx" and importlib.util.find_spec("nvidia") is None:
-        raise Unavailable("the executor ptx needs the NVRTC wheel (pip install -e '.[test-cuda]')")
+    if chosen == "ptx" and not has_nvrtc():
+        raise Unavailable("the executor ptx needs NVRTC (pip install -e '.[test-cuda]')")
     return chosen
+
+
+def chosen_schedule():
+    """SOFTCUDA_SCHED, or 0."""
+    chosen = os.environ.get("SOFTCUDA_SCHED") or "0"
+    if chosen not in map(str, SCHEDULES):
+        raise ValueError(f"SOFTCUDA_SCHED: expected one of {SCHEDULES}, found {chosen!r}")
+    return int(chosen)
+
+
+def has_nvrtc():
+    """Whether NVIDIA's compiler library can be loaded. It needs no GPU and no driver."""
+    from cupy_backends.cuda.libs import nvrtc
+
+    try:
+        nvrtc.getVersion()
+    except Exception:  # the loader's own kinds of error, which differ by version
+        return False
+    return True
 
 
 def _load_extension():
     """Compile device.cpp, if that was not done before, and import it as _softcuda."""
     include = sysconfig.get_paths()["include"]
-    flags = ["-O1", "-std=gnu++17", "-w", "-shared", "-fPIC", f"-I{include}"]
+    flags = ["-O1", "-std=gnu++17", "-w", "-fPIC", f"-I{include}"]
     tag = sysconfig.get_config_var("SOABI")
     source = (HERE / "device.cpp").read_text(encoding="utf-8")
     made = shared_object(source, flags, _cache, f"device-{tag}")
     loader = importlib.machinery.ExtensionFileLoader("_softcuda", str(made))
-    spec = importlib.util.spec_from_file_location("_softcuda", made, loader=loader)
+    spec = importlib.machinery.ModuleSpec("_softcuda", loader, origin=str(made))
     extension = importlib.util.module_from_spec(spec)
     loader.exec_module(extension)
     sys.modules["_softcuda"] = extension
@@ -158,6 +188,7 @@ def _load_extension():
 def _replace_runtime(extension, cc):
     """Exchange the C functions of cudart and the driver, and what Python code calls of them."""
     from cupy_backends.cuda.api import driver, runtime
+
     from softcuda.pythonlevel import device_properties, expose
 
     replaced = extension.install(

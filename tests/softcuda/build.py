@@ -1,5 +1,6 @@
 """Where compiled files are kept, and how g++ is called: once for each source."""
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -14,7 +15,7 @@ EMULATOR = HERE / "emulator"  # what a kernel stands on: the headers of the fibe
 HEADERS = HERE / "headers"  # stand-ins for the headers of the CUDA toolkit
 
 # Products are contracted as NVRTC contracts them; CuPy's kernels alias types.
-COMMON = ["-std=gnu++17", "-w", "-mfma", "-mavx2", "-fno-strict-aliasing", "-fPIC", "-shared"]
+COMMON = ["-std=gnu++17", "-w", "-mfma", "-mavx2", "-fno-strict-aliasing", "-fPIC"]
 
 
 class CompileError(RuntimeError):
@@ -65,22 +66,51 @@ def compiler_digest() -> str:
     return digest_of(headers_digest(), *(path.read_bytes() for path in parts))
 
 
-def shared_object(source: str, flags: list[str], folder: Path, name: str = "kernel") -> Path:
+def shared_object(
+    source: str, flags: list[str], folder: Path, name: str = "kernel", includes: tuple = ()
+) -> Path:
     """Compile C++ into a shared object of the folder, unless that was done before.
 
+    includes: what to put in front, `<...>` or paths, which is compiled once for all sources.
     Raises CompileError with the compiler's words; the source is then kept beside the others.
     """
-    made = folder / f"{name}-{digest_of(headers_digest(), source, *flags)}.so"
+    made = folder / f"{name}-{digest_of(headers_digest(), source, *flags, *includes)}.so"
     if made.exists():
         return made
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", suffix=".cpp", dir=folder, delete=False) as file:
+    front = ["-include", str(precompiled(includes, flags, folder))] if includes else []
+    with tempfile.NamedTemporaryFile("w", suffix=".cpp", dir=_made(folder), delete=False) as file:
         file.write(source)
     unfinished = made.with_suffix(f".{os.getpid()}.tmp")
-    command = ["g++", *flags, "-o", str(unfinished), file.name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise CompileError(f"g++ failed:\n{done.stderr[:4000]}\nsource kept: {file.name}")
+    run_compiler([*flags, "-shared", *front, "-o", str(unfinished), file.name])
     unfinished.replace(made)  # atomic: several test processes may compile the same
     Path(file.name).unlink()
     return made
+
+
+def precompiled(includes: tuple, flags: list[str], folder: Path) -> Path:
+    """A header that includes these, parsed once: that halves the time that a kernel takes."""
+    made = folder / f"headers-{digest_of(headers_digest(), *includes, *flags)}"
+    header = made / "all.h"
+    if header.exists():
+        return header
+    with tempfile.TemporaryDirectory(dir=_made(folder)) as unfinished:
+        text = "".join(f"#include {each}\n" for each in includes)
+        (Path(unfinished) / "all.h").write_text(text, encoding="utf-8")
+        names = ["-o", f"{unfinished}/all.h.gch", f"{unfinished}/all.h"]
+        run_compiler(["-x", "c++-header", *flags, *names])
+        with contextlib.suppress(OSError):  # another process was first
+            Path(unfinished).rename(made)
+            Path(unfinished).mkdir()  # for TemporaryDirectory to remove
+    return header
+
+
+def run_compiler(arguments: list[str]) -> None:
+    """Call g++; raise CompileError if it fails."""
+    done = subprocess.run(["g++", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CompileError(f"g++ failed:\n{done.stderr[:4000]}\nsource kept: {arguments[-1]}")
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

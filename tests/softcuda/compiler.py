@@ -7,6 +7,8 @@ CuPy compiles every kernel, its own and the user's, through one function of cupy
 import re
 import time
 
+from cupy.cuda.compiler import CompileException
+
 import softcuda
 from softcuda.build import COMMON, EMULATOR, HEADERS, CompileError, compiler_digest, shared_object
 from softcuda.ptx import Unsupported, translate
@@ -15,7 +17,7 @@ from softcuda.ptx import Unsupported, translate
 BARRIERS = re.compile(r"__sync|__shfl|__ballot|__any_sync|__all_sync|cooperative_groups")
 _BOUNDS = r"(?:__launch_bounds__\s*\([^)]*\)\s*)?"
 KERNEL = re.compile(rf"__global__\s+{_BOUNDS}void\s+{_BOUNDS}([A-Za-z_]\w*)\s*\(")
-TEMPLATE = r"template\s*<[^>]*>\s*__global__[^;{]*\b"
+TEMPLATE = r"template\s*<[^;{}]*>\s*__global__[^;{}]*\b"
 DYNAMIC_SHARED = re.compile(
     r"extern\s+__shared__\s+(?:__align__\s*\(\s*\d+\s*\)\s*)?([\w:<> ]+?)\s+(\w+)\s*\[\s*\]\s*;"
 )
@@ -33,17 +35,25 @@ def host_source(code, instances):
     direct = "false" if BARRIERS.search(code) else "true"
     body = DYNAMIC_SHARED.sub(r"\1* \2 = (\1*)emu::C.dyn;", code)
     entries = {name: name for name in names if not re.search(TEMPLATE + name, code)} | instances
-    exports = [f"EMU_EXPORT({name},{symbol},{direct})" for name, symbol in entries.items()]
+    exports = [f"EMU_EXPORT({symbol}, {direct}, {name})" for name, symbol in entries.items()]
     return "\n".join([body, *exports, ""]), names
 
 
 def build_source(code, options, instances):
     """The shared object of CUDA source, and the names of its kernels. Raises CompileError."""
     source, names = host_source(code, instances)
-    flags = ["-x", "c++", *COMMON, "-O1", "-g1", "-ffp-contract=fast", f"-I{HEADERS}"]
-    flags += ["-include", str(EMULATOR / "cudaemu.h"), "-D__CUDACC_VER_MAJOR__=13"]
+    # The toolkit's own headers are for NVRTC; ours stand in for them.
     ours = [o for o in options if o.startswith(("-D", "-I")) and not re.search("_cccl|nvidia", o)]
-    return shared_object(source, [*flags, *ours], softcuda.cache() / "kernels"), names
+    flags = [*COMMON, "-O1", "-ffp-contract=fast", f"-I{HEADERS}", "-D__CUDACC_VER_MAJOR__=13"]
+    includes = (f'"{EMULATOR / "cudaemu.h"}"', *leading_includes(code))
+    folder = softcuda.cache() / "kernels"
+    return shared_object(source, [*flags, *ours], folder, "source", includes), names
+
+
+def leading_includes(code):
+    """CuPy's headers, with which all of its own kernels begin."""
+    leading = re.split(r"^(?!#include <cupy/.*>$)", code, maxsplit=1, flags=re.MULTILINE)[0]
+    return tuple(re.findall("<.*>", leading))
 
 
 def symbols(expressions):
@@ -56,7 +66,6 @@ def symbols(expressions):
 
 def ptx_of(code, options, expressions):
     """What the real NVRTC makes of CUDA source: PTX, and {template instance: its name there}."""
-    from cupy.cuda.compiler import CompileException
     from cupy_backends.cuda.libs import nvrtc
 
     flags = [option for option in options if not option.startswith("-arch")]
@@ -79,15 +88,18 @@ def ptx_of(code, options, expressions):
 def build_ptx(ptx):
     """The shared object of translated PTX, and its kernels. Raises Unsupported, CompileError."""
     source, names = translate(ptx)
-    flags = [*COMMON, "-O1", "-ffp-contract=off", f"-I{EMULATOR}"]
-    return shared_object(source, flags, softcuda.cache() / "kernels", "ptx"), names
+    flags, includes = [*COMMON, "-O1", "-ffp-contract=off"], (f'"{EMULATOR / "ptx_prelude.h"}"',)
+    return shared_object(source, flags, softcuda.cache() / "kernels", "ptx", includes), names
 
 
 # ---- in CuPy's place ----------------------------------------------------------------------------
 
 
 def compile_kernel(code, options, expressions):
-    """(bytes of a shared object, {template instance: its name}) by the executor that is set."""
+    """(bytes of a shared object, {template instance: its name}) by the executor that is set.
+
+    Raises CuPy's CompileException, as for a source that NVRTC refuses.
+    """
     start = time.perf_counter()
     if softcuda.executor == "ptx":
         ptx, mapping = ptx_of(code, options, expressions)
@@ -98,7 +110,10 @@ def compile_kernel(code, options, expressions):
         except (Unsupported, CompileError) as error:
             softcuda.fallbacks.append((KERNEL.findall(code), str(error)[:200]))
     mapping = symbols(expressions)
-    made, names = build_source(code, options, mapping)
+    try:
+        made, names = build_source(code, options, mapping)
+    except CompileError as error:
+        raise CompileException(str(error), code, "kernel.cu", options) from None
     softcuda.compiled.append((names, time.perf_counter() - start))
     return made.read_bytes(), mapping or None
 
@@ -129,7 +144,10 @@ def hook(compiler, cc):
 
     compiler._compile_using_nvrtc_no_warning = compile_using_softcuda
     compiler._get_arch = lambda: own
-    compiler._get_arch_for_options_for_nvrtc = lambda arch=None: (f"-arch=sm_{arch or own}", "cubin")
+    compiler._get_arch_for_options_for_nvrtc = lambda arch=None: (
+        f"-arch=sm_{arch or own}",
+        "cubin",
+    )
     compiler._get_nvrtc_version = lambda: (13, 0)
     # CuPy's own cache names a kernel by this text, for which it runs NVRTC's preprocessor.
     compiler._preprocess = lambda *args, **options: (

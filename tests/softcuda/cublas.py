@@ -7,10 +7,12 @@ CuPy 14.2, every call is refused while the current stream is capturing.
 
 import types
 from functools import partial
+from typing import Any
 
 import _softcuda
 import ml_dtypes
 import numpy as np
+
 from softcuda.memory import current_stream, view
 
 
@@ -18,7 +20,7 @@ class CUBLASError(RuntimeError):
     """What CuPy raises for a cuBLAS status other than success."""
 
 
-module = types.ModuleType("cupy_backends.cuda.libs.cublas")
+module: Any = types.ModuleType("cupy_backends.cuda.libs.cublas")
 module.CUBLASError = CUBLASError
 module.__dict__.update(
     CUBLAS_OP_N=0,
@@ -81,7 +83,7 @@ SUPPORTED = {
 }
 # What the old interface gives in place of a compute type: the type of C.
 _COMPUTE_OF = {F32: 68, F64: 70, F16: 64, C64: 68, C128: 70}
-calls = []  # (name, transA, transB, m, n, k, dtypes of A, B, C) of every product
+calls: list[tuple] = []  # (name, transA, transB, m, n, k, dtypes of A, B, C) of every product
 
 
 def _matrix(operand, rows, columns):

@@ -4,11 +4,13 @@ The numbers are not cuRAND's, on purpose: a test that needs cuRAND's very number
 """
 
 import types
+from typing import Any
 
 import numpy as np
+
 from softcuda.memory import call, view
 
-module = types.ModuleType("cupy_backends.cuda.libs.curand")
+module: Any = types.ModuleType("cupy_backends.cuda.libs.curand")
 module.__dict__.update(
     CURAND_RNG_PSEUDO_DEFAULT=100,
     CURAND_RNG_PSEUDO_XORWOW=101,
@@ -19,7 +21,7 @@ module.__dict__.update(
     CURAND_RNG_QUASI_DEFAULT=200,
     CURAND_ORDERING_PSEUDO_BEST=100,
 )
-_generators = {}
+_generators: dict[int, np.random.Generator] = {}
 
 
 def create_generator(kind):

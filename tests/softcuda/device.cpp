@@ -59,7 +59,7 @@ static struct Counters {
   long long read_bytes = 0, written_bytes = 0; // asked for by kernels (ptx only)
 } count;
 static long long live_bytes = 0, peak_bytes = 0;
-static std::map<std::string, long> launches_of;
+static std::map<std::string, long> launches_of, unchecked_of;
 static std::map<std::string, long long> touched_by;
 static std::vector<std::string> traced;
 
@@ -184,9 +184,11 @@ struct Kernel {
   const char* (*error)();
   void (*set_options)(int, unsigned long long, int);
   std::vector<int> parameter_sizes;
+  bool checked; // it was translated from PTX
 };
 struct Module {
   void* library;
+  bool checked;
   std::map<std::string, Kernel*> kernels;
 };
 static const unsigned long long SEED = 88172645463325252ull; // of the random schedule
@@ -199,6 +201,7 @@ static bool run_kernel(Kernel& kernel, Grid& grid, std::vector<std::string>& arg
   bool strict = options.strict && kernel.name.compare(0, 5, "cupy_") != 0;
   kernel.set_options(options.sched, SEED, strict);
   launch_number++;
+  if (!kernel.checked) unchecked_of[kernel.name]++;
   touched_bytes = &touched_by[kernel.name];
   if (!kernel.run(&grid, pointers.data())) return true;
   PyErr_Format(PyExc_RuntimeError, "softcuda: kernel %s: %s", kernel.name.c_str(), kernel.error());
@@ -363,8 +366,8 @@ static PyObject* r_memGetInfo(int) {
 
 enum Direction { H2H = 0, H2D = 1, D2H = 2, D2D = 3, BY_ADDRESS = 4 }; // as cudaMemcpyKind
 static bool check_copy(Address to, Address from, size_t size, int& direction) {
+  if (direction == BY_ADDRESS) direction = (on_device(from, 1) ? 2 : 0) + (on_device(to, 1) ? 1 : 0);
   bool to_device = on_device(to, size), from_device = on_device(from, size);
-  if (direction == BY_ADDRESS) direction = (from_device ? 2 : 0) + (to_device ? 1 : 0);
   if ((direction == H2D || direction == D2D) && !to_device) {
     complain("memcpy destination is not (fully) inside a device allocation");
     return false;
@@ -548,12 +551,13 @@ static Address d_moduleLoadData(PyObject* cubin, int) {
   void* library = load_library(bytes, size);
   if (!library) return 0;
   typedef int (*Check)(uint64_t, int, int);
-  if (auto set_check = (void (*)(Check))dlsym(library, "emu_set_check")) set_check(check_access);
+  auto set_check = (void (*)(Check))dlsym(library, "emu_set_check");
+  if (set_check) set_check(check_access);
   // One set of stacks for all modules: a mapping each would exhaust vm.max_map_count.
   static char* stacks = (char*)mmap(nullptr, (size_t)1024 * 256 * 1024, PROT_READ | PROT_WRITE,
                                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   ((void (*)(char*))dlsym(library, "emu_set_stacks"))(stacks);
-  return (Address) new Module{library, {}};
+  return (Address) new Module{library, set_check != nullptr, {}};
 }
 static Address d_moduleGetFunction(Address handle, PyObject* name_object, int) {
   Module* module = (Module*)handle;
@@ -569,7 +573,7 @@ static Address d_moduleGetFunction(Address handle, PyObject* name_object, int) {
     PyErr_Format(PyExc_RuntimeError, "softcuda: CUDA_ERROR_NOT_FOUND: no kernel named %s", name);
     return 0;
   }
-  kernel = new Kernel{name, entry, nullptr, nullptr, {}};
+  kernel = new Kernel{name, entry, nullptr, nullptr, {}, module->checked};
   kernel->error = (const char* (*)())dlsym(module->library, "emu_error");
   kernel->set_options = (void (*)(int, unsigned long long, int))dlsym(module->library, "emu_options");
   int parameters = ((int (*)())symbol("emu_nparams__"))();
@@ -767,10 +771,13 @@ static PyObject* m_stats(PyObject*, PyObject*) {
       {"written_bytes", count.written_bytes}, {"touched_bytes", touched}};
   PyObject* stats = dict_of(numbers);
   PyObject *kernels = dict_of(launches_of), *by_kernel = dict_of(touched_by), *trace = trace_list();
+  PyObject* unchecked = dict_of(unchecked_of);
   PyDict_SetItemString(stats, "kernels", kernels);
+  PyDict_SetItemString(stats, "unchecked", unchecked);
   PyDict_SetItemString(stats, "touched", by_kernel);
   PyDict_SetItemString(stats, "trace", trace);
   Py_DECREF(kernels);
+  Py_DECREF(unchecked);
   Py_DECREF(by_kernel);
   Py_DECREF(trace);
   return stats;
@@ -779,6 +786,7 @@ static PyObject* m_reset(PyObject*, PyObject*) {
   count = Counters{};
   peak_bytes = live_bytes;
   launches_of.clear();
+  unchecked_of.clear();
   touched_by.clear();
   traced.clear();
   return none();

@@ -1,606 +1,848 @@
-"""Translate the PTX that NVRTC really emits into C++ for the cudaemu fiber engine (no GPU, no driver).
+"""Translate the PTX that NVRTC emits into C++ for the fiber engine of emulator/cudaemu.h.
 
-Every load and store goes through a checking function (ptx_prelude.h), so out-of-bounds and misaligned accesses
-and shared-memory overruns are reported: a small memcheck.  Unsupported raises, so that the caller can use the source instead:
-`.func` calls, mma, ldmatrix, cp.async, TMA, textures.
+Every load and store goes through a function of emulator/ptx_prelude.h that checks its bounds and
+its alignment, and in shared memory that no other warp used the same byte since the last barrier:
+a memory checker, on what the real compiler made of the kernel. Words are those of the PTX ISA.
+
+What is not known raises Unsupported, never a guess: calls of .func, mma, ldmatrix, cp.async, TMA,
+textures, packed halves, roundings other than those of IEEE's default, named barriers.
 """
 
-import os
 import re
+from typing import Any, NamedTuple
 
 
-class Unsupported(Exception):
+class Unsupported(Exception):  # noqa: N818 - it says what is so, and is no error of the kernel's
     """PTX that this translator does not know."""
 
 
-# PTX type -> width in bits, C++ type;  register width -> C++ type
-W = {f"{kind}{n}": n for n in (8, 16, 32, 64) for kind in "bus"}
-W |= {"pred": 1, "f16": 16, "bf16": 16, "f32": 32, "f16x2": 32, "bf16x2": 32, "f64": 64, "b128": 128}
-CT = {f"{kind}{n}": f"{'' if kind == 's' else 'u'}int{n}_t" for n in (8, 16, 32, 64) for kind in "bus"}
-CT |= {"f32": "float", "f64": "double", "f16": "_h", "bf16": "_bf"}
-RT = {1: "bool", 8: "uint8_t", 16: "uint16_t", 32: "uint32_t", 64: "uint64_t"}
-FLOATS = ("f32", "f64", "f16", "bf16")
-with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "emulator", "ptx_prelude.h")) as _f:
-    PRE = _f.read()
+# ---- types --------------------------------------------------------------------------------------
+
+FLOATS = ("f16", "bf16", "f32", "f64")
+BITS = {f"{kind}{n}": n for n in (8, 16, 32, 64) for kind in "bus"}
+BITS |= {"pred": 1, "f16": 16, "bf16": 16, "f32": 32, "f16x2": 32, "bf16x2": 32, "f64": 64}
+C_TYPE = {f"{kind}{n}": f"uint{n}_t" for n in (8, 16, 32, 64) for kind in "bu"}
+C_TYPE |= {f"s{n}": f"int{n}_t" for n in (8, 16, 32, 64)}
+C_TYPE |= {"f32": "float", "f64": "double", "f16": "_h", "bf16": "_bf"}
+REGISTER = {1: "bool", 8: "uint8_t", 16: "uint16_t", 32: "uint32_t", 64: "uint64_t"}
+SPECIAL = {"tid": "threadIdx", "ntid": "blockDim", "ctaid": "blockIdx", "nctaid": "gridDim"}
+LANE = "(emu::C.cur & 31)"
+LANE_VALUES = {
+    "%laneid": f"(uint32_t){LANE}",
+    "%warpid": "(uint32_t)(emu::C.cur >> 5)",
+    "%lanemask_eq": f"(1u << {LANE})",
+    "%lanemask_lt": f"((1u << {LANE}) - 1)",
+    "%lanemask_le": f"((2u << {LANE}) - 1)",
+    "%lanemask_gt": f"~((2u << {LANE}) - 1)",
+    "%lanemask_ge": f"~((1u << {LANE}) - 1)",
+}
 
 
-def split_ops(s):
-    """Split operands at commas outside brackets."""
-    out, d, cur = [], 0, ""
-    for c in s:
-        if c in "{[(":
-            d += 1
-        if c in "}])":
-            d -= 1
-        if c == "," and d == 0:
-            out.append(cur.strip())
-            cur = ""
+def unsigned(kind):
+    """The unsigned type of as many bits."""
+    return f"u{BITS[kind]}"
+
+
+def identifier(name):
+    """A PTX name as a C++ name."""
+    return re.sub(r"\W", "_", name)
+
+
+def split(text):
+    """Operands: split at the commas outside brackets."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "{[(") - (character in "}])")
+        if character == "," and depth == 0:
+            parts.append("")
         else:
-            cur += c
-    if cur.strip():
-        out.append(cur.strip())
-    return out
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
 
 
-class Fn:
-    """One .entry function: its registers, memory and the C++ lines emitted so far."""
+def matched(pattern, text):
+    """The match of a pattern at the start of a text that must have one."""
+    if (match := re.match(pattern, text)) is None:
+        raise Unsupported(text)
+    return match
 
-    def __init__(s, name, params, mod):
-        s.name, s.params, s.mod = name, params, mod
-        s.regs, s.code, s.shared, s.local, s.sync = {}, [], {}, [], False
 
-    def reg(s, n):
-        """C++ name of a register."""
-        return "R_" + re.sub(r"\W", "_", n)
+def members(operand):
+    """The operands of a vector in braces, or the one that it is."""
+    return split(operand[1:-1]) if operand.startswith("{") else [operand]
 
-    def width(s, n):
-        """Bits of a register."""
-        if n in s.regs:
-            return s.regs[n]
-        raise Unsupported("register " + n)
 
-    def val(s, o, t):
-        """An operand as a C++ expression of PTX type t."""
-        o = o.strip()
-        if t == "pred":
-            return "!" + s.reg(o[1:]) if o[0] == "!" else s.reg(o)
-        if o.startswith("{"):
-            parts = [
-                s.val(x, {32: "u16", 64: "u32"}[W[t]] if len(split_ops(o[1:-1])) == 2 else "u8")
-                for x in split_ops(o[1:-1])
-            ]
-            w = W[t] // len(parts)
-            return (
-                "("
-                + " | ".join(f"((uint{W[t]}_t)(uint{w}_t)({p}) << {i * w})" for i, p in enumerate(parts))
-                + ")"
-            )
-        sp = {"%tid": "threadIdx", "%ntid": "blockDim", "%ctaid": "blockIdx", "%nctaid": "gridDim"}
-        m = re.match(r"(%n?(?:tid|ctaid))\.([xyz])$", o)
-        if m:
-            return f"{sp[m.group(1)]}.{m.group(2)}"
-        if o == "%laneid":
-            return "(uint32_t)(emu::C.cur&31)"
-        if o == "%warpid":
-            return "(uint32_t)(emu::C.cur>>5)"
-        if re.match(r"%(lanemask_lt)$", o):
-            return "((1u<<(emu::C.cur&31))-1)"
-        if o in s.regs:
-            w, r = s.regs[o], s.reg(o)
-            if t in FLOATS:
-                return f"bc<{CT[t]}>({r})" if w == W[t] else f"bc<{CT[t]}>(({RT[W[t]]}){r})"
-            return f"(({CT[t]}){r})" if t in CT else r
-        if re.match(r"0[fF][0-9a-fA-F]{8}$", o):
-            return f"bc<float>(0x{o[2:]}u)" if t == "f32" else f"0x{o[2:]}u"
-        if re.match(r"0[dD][0-9a-fA-F]{16}$", o):
-            return f"bc<double>(0x{o[2:]}ull)" if t == "f64" else f"0x{o[2:]}ull"
-        if re.match(r"0x[0-9A-Fa-f]{4}$", o) and t in ("bf16", "f16"):
-            return f"bc<{CT[t]}>((uint16_t){o})"
-        if re.match(r"-?(0x[0-9a-fA-F]+|\d+)U?$", o):
-            return f"(({CT.get(t, 'int64_t')}){o.rstrip('U')}ll)"
-        if o in s.shared:
-            return f"((uint64_t){s.shared[o]})"
-        if o in s.mod.shared:
-            return (
-                "((uint64_t)emu_dynoff_%s)" % s.name
-                if s.mod.shared[o] is None
-                else f"((uint64_t){s.mod.shared[o]})"
-            )
-        if o in s.mod.glob:
-            return "((uint64_t)g_%s)" % re.sub(r"\W", "_", o)
-        if o in dict(s.local):
-            return f"((uint64_t)l_{o})"
-        raise Unsupported("operand " + o)
+class Instruction(NamedTuple):
+    """One instruction, without its predicate: parts are the opcode split at its dots."""
 
-    def asg(s, dst, t, e):
-        """Assignment of expression e (of PTX type t) to a register."""
-        if dst == "_":
-            return f"(void)({e});"
-        w = s.width(dst)
-        if t == "pred":
-            return f"{s.reg(dst)} = {e};"
-        if t in FLOATS:
-            return f"{s.reg(dst)} = bc<{RT[W[t]]}>(({CT[t]})({e}));"
-        return f"{s.reg(dst)} = ({RT[w]})({CT[t]})({e});"
+    parts: list[str]
+    operands: list[str]
+    line: int  # in the PTX, for messages
 
-    def addr(s, o):
-        """[base + offset] -> (base, offset)."""
-        m = re.match(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\d+))?\s*\]$", o)
-        if not m:
-            raise Unsupported("address " + o)
-        return m.group(1), int(m.group(2) or 0)
+    @property
+    def kind(self):
+        """Its (last) type."""
+        return self.parts[-1]
 
-    def F(s, t, e):
-        """Expression e rounded to the floating type t."""
-        return f"dn<{CT[t]}>({e})"
+    def has(self, *words):
+        """Whether one of these is among its modifiers."""
+        return any(word in self.parts for word in words)
 
-    def emit(s, pred, op, ops, line):
-        """Append the C++ of one instruction, with its predicate."""
-        p = op.split(".")
-        b, mods, t = p[0], p[1:-1], p[-1]
-        c = s._emit(b, mods, t, p, ops, line)
-        s.code.append(
-            (f"if({'!' if pred[0] == '!' else ''}{s.reg(pred.lstrip('!'))}) {{ {c} }}" if pred else c)
+    def one_of(self, *words):
+        """Which of these is among its modifiers, or None."""
+        return next((word for word in words if word in self.parts), None)
+
+
+class Kernel:
+    """An .entry: its registers and memory, and the C++ of its instructions so far."""
+
+    def __init__(self, name, parameters, module):
+        self.name, self.parameters, self.module = name, parameters, module  # [(name, bytes)]
+        self.registers, self.shared, self.local, self.lines = {}, {}, {}, []
+        self.waits = False  # for other threads: if not, it needs no fibers
+
+    def register(self, name):
+        """The C++ variable of a register."""
+        if name not in self.registers:
+            raise Unsupported(f"register {name}")
+        return "R_" + identifier(name)
+
+    # ---- operands -------------------------------------------------------------------------------
+
+    def value(self, operand, kind):
+        """An operand, as a C++ expression of that type."""
+        if kind == "pred":
+            negated = operand.startswith("!")
+            return "!" * negated + self.register(operand[negated:])
+        if operand.startswith("{"):
+            return self.packed(operand, kind)
+        if operand in self.registers:
+            return self.register_value(operand, kind)
+        if re.match(r"%n?(tid|ctaid)\.[xyz]$", operand):
+            name, axis = operand[1:].split(".")
+            return f"{SPECIAL[name]}.{axis}"
+        if operand in LANE_VALUES:
+            return LANE_VALUES[operand]
+        if re.match(r"-?\d|0[fFdD]", operand):
+            return constant(operand, kind)
+        return self.address_of(operand)
+
+    def packed(self, operand, kind):
+        """Several registers as one number, the first in the lowest bits."""
+        parts = members(operand)
+        bits = BITS[kind] // len(parts)
+        shifted = (
+            f"((uint{BITS[kind]}_t)(uint{bits}_t)({self.value(part, f'u{bits}')}) << {i * bits})"
+            for i, part in enumerate(parts)
         )
+        return f"({' | '.join(shifted)})"
 
-    def _emit(s, b, mods, t, p, ops, line):
-        """C++ of one instruction: b opcode, mods modifiers, t type, p = opcode split at dots."""
-        V, A = s.val, s.asg
-        if b in ("ret", "exit"):
-            return "return;"
-        if b == "trap":
-            return f'emu::fail("trap",{line}); return;'
-        if b == "bra":
-            return f"goto {re.sub(r'[^A-Za-z0-9_]', '_', ops[0])};"
-        if b in ("bar", "barrier") and "sync" in p and "warp" not in p:
-            s.sync = True
-            return f"emu::syncthreads({line});"
-        if b == "bar" and "warp" in p:
-            s.sync = True
-            return f"emu::warp_wait({V(ops[0], 'u32')},{line});"
-        if b in ("membar", "fence", "griddepcontrol", "nanosleep", "prefetch", "prefetchu"):
-            return ";"
-        if b in ("ld", "ldu"):
-            sp = next((x for x in p if x in ("param", "global", "shared", "local", "const")), "generic")
-            n = next((int(x[1]) for x in p if x in ("v2", "v4")), 1)
-            base, off = s.addr(ops[1])
-            dst = split_ops(ops[0][1:-1]) if ops[0][0] == "{" else [ops[0]]
-            sz = W[t] // 8
-            ut = "u" + str(W[t])
-            out = []
-            if sp == "param":
-                i = [x[0] for x in s.params].index(base)
-                return " ".join(
-                    A(d, ut, f"*(const {CT[ut]}*)((const char*)P[{i}]+{off + k * sz})")
-                    if not t.startswith("s")
-                    else A(d, t, f"*(const {CT[t]}*)((const char*)P[{i}]+{off + k * sz})")
-                    for k, d in enumerate(dst)
-                )
-            ad = f"({V(base, 'u64')}+({off}ll))"
-            rt = t if t.startswith("s") else ut
-            if n > 1:
-                out.append(f"ALIGNV({ad},{n * sz},{line});")
-            f = {
-                "shared": f"LDS<{CT[rt]}>((uint32_t)",
-                "local": f"*({CT[rt]}*)(",
-                "const": f"*({CT[rt]}*)(",
-            }.get(sp, f"LDG<{CT[rt]}>(")
-            tmp = [
-                f"auto t{k} = {f}{ad}+{k * sz}" + (f",{line})" if sp not in ("local", "const") else ")") + ";"
-                for k in range(len(dst))
-            ]
-            return "{ " + " ".join(out + tmp + [A(d, rt, f"t{k}") for k, d in enumerate(dst)]) + " }"
-        if b == "st":
-            sp = next((x for x in p if x in ("global", "shared", "local")), "generic")
-            n = next((int(x[1]) for x in p if x in ("v2", "v4")), 1)
-            base, off = s.addr(ops[0])
-            src = split_ops(ops[1][1:-1]) if ops[1][0] == "{" else [ops[1]]
-            sz = W[t] // 8
-            ut = "u" + str(W[t])
-            ad = f"({V(base, 'u64')}+({off}ll))"
-            out = [f"ALIGNV({ad},{n * sz},{line});"] if n > 1 else []
-            for k, x in enumerate(src):
-                v = V(x, t) if re.match(r"0[fFdD]", x) and t[0] == "f" else V(x, ut)
-                v = f"bc<{CT[ut]}>({v})" if re.match(r"0[fFdD]", x) and t[0] == "f" else f"({CT[ut]})({v})"
-                out.append(
-                    {
-                        "shared": f"STS<{CT[ut]}>((uint32_t)({ad}+{k * sz}),{v},{line});",
-                        "local": f"*({CT[ut]}*)({ad}+{k * sz}) = {v};",
-                    }.get(sp, f"STG<{CT[ut]}>({ad}+{k * sz},{v},{line});")
-                )
-            return " ".join(out)
-        if b == "mov":
-            if t == "pred":
-                return A(
-                    ops[0], "pred", {"0": "false", "1": "true", "-1": "true"}.get(ops[1]) or V(ops[1], "pred")
-                )
-            if ops[0][0] == "{":
-                d = split_ops(ops[0][1:-1])
-                w = W[t] // len(d)
-                return (
-                    "{ auto t = "
-                    + V(ops[1], "u" + str(W[t]))
-                    + "; "
-                    + " ".join(A(x, f"u{w}", f"(uint{w}_t)(t >> {k * w})") for k, x in enumerate(d))
-                    + " }"
-                )
-            ut = "u" + str(W[t])
-            v = V(ops[1], t) if re.match(r"0[fFdD]", ops[1]) and t[0] == "f" else V(ops[1], ut)
-            return A(ops[0], t, v) if re.match(r"0[fFdD]", ops[1]) and t[0] == "f" else A(ops[0], ut, v)
-        if b == "cvta":
-            if "shared" in p:
-                return A(
-                    ops[0],
-                    "u64",
-                    f"{V(ops[1], 'u64')} - (uint64_t)SH"
-                    if "to" in p
-                    else f"{V(ops[1], 'u64')} + (uint64_t)SH",
-                )
-            return A(ops[0], "u64", V(ops[1], "u64"))
-        if b == "cvt":
-            ty = [x for x in p[1:] if x in W]
-            d, a = ty[0], ty[1]
-            rnd = next((x for x in p if re.match(r"r[nzmp]i?$", x)), None)
-            v = V(ops[1], a)
-            if d in FLOATS and a in FLOATS:
-                e = f"up({v})"
-                if rnd in ("rzi", "rni", "rmi", "rpi"):
-                    e = {"rzi": "trunc", "rni": "nearbyint", "rmi": "floor", "rpi": "ceil"}[rnd] + f"({e})"
-                if "sat" in p:
-                    e = f"[](double x){{ return x!=x?0.0:x<0?0.0:x>1?1.0:x; }}({e})"
-                return A(ops[0], d, s.F(d, e))
-            if d in FLOATS:
-                return A(ops[0], d, s.F(d, f"(double){v}") if d != "f32" else f"(float){v}")
-            if a in FLOATS:
-                return A(
-                    ops[0],
-                    d,
-                    f"f2i<{CT[d]}>("
-                    + {"rzi": "trunc", "rni": "nearbyint", "rmi": "floor", "rpi": "ceil"}[rnd]
-                    + f"((double)up({v})))",
-                )
-            return s.asg(ops[0], d, v) if W[d] <= s.width(ops[0]) else A(ops[0], d, v)
-        if b == "setp":
-            ty = t
-            cmpop = p[1]
-            a, c = V(ops[1], ty), V(ops[2], ty)
-            if ty in FLOATS:
-                a, c = f"up({a})", f"up({c})"
-                un = cmpop in ("equ", "neu", "ltu", "leu", "gtu", "geu")
-                base = cmpop[:2]
-                sym = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}.get(base)
-                if cmpop == "num":
-                    e = f"({a}=={a} && {c}=={c})"
-                elif cmpop == "nan":
-                    e = f"({a}!={a} || {c}!={c})"
-                else:
-                    e = f"({a}{sym}{c})"
-                    nan = f"({a}!={a} || {c}!={c})"
-                    e = f"({e} || {nan})" if un else f"({e} && !{nan})"
-            else:
-                sym = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
-                sym |= {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
-                e = f"({a} {sym[cmpop]} {c})"
-            bop = next((x for x in mods if x in ("and", "or", "xor")), None)
-            if bop:
-                e = f"({e} {({'and': '&&', 'or': '||', 'xor': '!='})[bop]} {V(ops[3], 'pred')})"
-            d = ops[0].split("|")
-            return A(d[0].strip(), "pred", e) + (
-                f" {s.reg(d[1].strip())} = !{s.reg(d[0].strip())};" if len(d) > 1 else ""
-            )
-        if b == "selp":
-            return A(ops[0], t, f"{V(ops[3], 'pred')} ? {V(ops[1], t)} : {V(ops[2], t)}")
-        if t == "pred" and b in ("and", "or", "xor", "not"):
-            if b == "not":
-                return A(ops[0], "pred", f"!{V(ops[1], 'pred')}")
-            sym = {"and": "&&", "or": "||", "xor": "!="}[b]
-            return A(ops[0], "pred", f"({V(ops[1], 'pred')} {sym} {V(ops[2], 'pred')})")
-        if b == "shfl":
-            s.sync = True
-            kind = {"bfly": 0, "down": 1, "up": 2, "idx": 3}[p[2]]
-            d = ops[0].split("|")
-            return "{ bool ok; auto t = shflx(%d,%s,%s,%s,%s,ok,%d); %s %s }" % (
-                kind,
-                V(ops[1], "u32"),
-                V(ops[2], "u32"),
-                V(ops[3], "u32"),
-                V(ops[4], "u32"),
-                line,
-                A(d[0].strip(), "u32", "t"),
-                f"{s.reg(d[1].strip())} = ok;" if len(d) > 1 else "",
-            )
-        if b == "vote":
-            s.sync = True
-            k = p[2]
-            e = f"emu::ballot({V(ops[2], 'u32')},{V(ops[1], 'pred')},{line})"
-            return (
-                A(ops[0], "u32", e)
-                if k == "ballot"
-                else A(ops[0], "pred", f"({e} != 0)" if k == "any" else f"({e} == {V(ops[2], 'u32')})")
-            )
-        if b == "activemask":
-            return A(ops[0], "u32", "0xffffffffu")
-        if b in ("atom", "red"):
-            k = next(
-                x for x in p if x in ("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec")
-            )
-            a = ops[1:] if b == "atom" else ops
-            base, off = s.addr(a[0])
-            sh = "shared" in p
-            ad = f"({V(base, 'u64')}+({off}ll))"
-            L, S_ = ("LDS", "STS") if sh else ("LDG", "STG")
-            cast = "(uint32_t)" if sh else ""
-            v = V(a[1], t)
-            e = {
-                "add": f"o + {v}",
-                "min": f"({v} < o ? {v} : o)",
-                "max": f"({v} > o ? {v} : o)",
-                "and": f"o & {v}",
-                "or": f"o | {v}",
-                "xor": f"o ^ {v}",
-                "exch": v,
-                "cas": f"(o == {v} ? {V(a[2], t) if len(a) > 2 else 0} : o)",
-            }[k]
-            if t in ("f16", "bf16"):
-                e = f"dn<{CT[t]}>(up(o)+up({v}))"
-            ty, back = CT[t], A(ops[0], t, "o") if b == "atom" else ""
-            load, store = (
-                f"{ty} o = {L}<{ty}>({cast}{ad},{line});",
-                f"{S_}<{ty}>({cast}{ad},({ty})({e}),{line});",
-            )
-            return "{ " + f"{load} {store} {back}" + " }"
-        if t in FLOATS:
-            x = [f"up({V(o, t)})" for o in ops[1:]]
-            if b in ("add", "sub", "mul", "div"):
-                e = f"{x[0]} {dict(add='+', sub='-', mul='*', div='/')[b]} {x[1]}"
-                return A(ops[0], t, e if t == "f32" else s.F(t, e))
-            if b in ("fma", "mad"):
-                r = next((q for q in mods if q in ("rm", "rp", "rz")), None)
-                return A(
-                    ops[0],
-                    t,
-                    f"fma_{r}({','.join(x)})"
-                    if r in ("rm", "rp")
-                    else (f"fmaf({','.join(x)})" if t == "f32" else s.F(t, f"fma({','.join(x)})")),
-                )
-            if b == "neg":
-                return A(ops[0], t, s.F(t, f"-{x[0]}") if t != "f32" else f"-{x[0]}")
-            if b == "abs":
-                return A(ops[0], t, s.F(t, f"fabs({x[0]})"))
-            if b in ("min", "max"):
-                return A(ops[0], t, s.F(t, f"f{b}({x[0]},{x[1]})"))
-            fn = {
-                "sqrt": "sqrt({})",
-                "rsqrt": "1.0/sqrt({})",
-                "rcp": "1.0/({})",
-                "ex2": "exp2f({})" if t == "f32" else "exp2({})",
-                "lg2": "log2f({})",
-                "sin": "sinf({})",
-                "cos": "cosf({})",
-                "tanh": "tanhf({})",
-            }.get(b)
-            if fn:
-                return A(ops[0], t, s.F(t, fn.format(x[0])))
-            if b == "copysign":
-                return A(ops[0], t, f"copysign({x[1]},{x[0]})")
-            raise Unsupported(".".join(p))
-        if (
-            b in ("add", "sub", "and", "or", "xor")
-            or (b in ("mul", "mad") and "lo" in mods)
-            or b in ("div", "rem", "min", "max")
-        ):
-            x, y = V(ops[1], t), V(ops[2], t)
-            if b in ("mul", "mad"):
-                ut = "u" + str(W[t])
-                e = f"({V(ops[1], ut)} * {V(ops[2], ut)})" + (f" + {V(ops[3], ut)}" if b == "mad" else "")
-                return A(ops[0], t, e)
-            if b in ("add", "sub"):
-                ut = "u" + str(W[t])
-                return A(ops[0], t, f"{V(ops[1], ut)} {'+' if b == 'add' else '-'} {V(ops[2], ut)}")
-            if b in ("div", "rem"):
-                return A(ops[0], t, f"({y} == 0 ? ({CT[t]})-1 : {x} {'/' if b == 'div' else '%'} {y})")
-            if b in ("min", "max"):
-                return A(ops[0], t, f"({x} {'<' if b == 'min' else '>'} {y} ? {x} : {y})")
-            return A(ops[0], t, f"{x} {({'and': '&', 'or': '|', 'xor': '^'})[b]} {y}")
-        if b in ("mul", "mad") and "wide" in mods:
-            wt = t[0] + str(2 * W[t])
-            return A(
-                ops[0],
-                wt,
-                f"({CT[wt]}){V(ops[1], t)} * ({CT[wt]}){V(ops[2], t)}"
-                + (f" + {V(ops[3], wt)}" if b == "mad" else ""),
-            )
-        if b in ("mul", "mad") and "hi" in mods:
-            big = "__int128" if t[0] == "s" else "unsigned __int128"
-            return A(
-                ops[0],
-                t,
-                f"(({big}){V(ops[1], t)} * {V(ops[2], t)}) >> {W[t]}"
-                + (f" + {V(ops[3], t)}" if b == "mad" else ""),
-            )
-        if b in ("shl", "shr"):
-            n = V(ops[2], "u32")
-            x = V(ops[1], t)
-            over = f"({x} < 0 ? -1 : 0)" if t[0] == "s" and b == "shr" else "0"
-            return A(ops[0], t, f"({n} >= {W[t]} ? {over} : {x} {'<<' if b == 'shl' else '>>'} {n})")
-        if b == "neg":
-            return A(ops[0], t, f"-{V(ops[1], t)}")
-        if b == "not":
-            return A(ops[0], t, f"~{V(ops[1], t)}")
-        if b == "abs":
-            return A(ops[0], t, f"({V(ops[1], t)} < 0 ? -{V(ops[1], t)} : {V(ops[1], t)})")
-        if b == "popc":
-            return A(ops[0], "u32", f"__builtin_popcountll({V(ops[1], 'u' + str(W[t]))})")
-        if b == "clz":
-            x = V(ops[1], "u" + str(W[t]))
-            return A(ops[0], "u32", f"({x} ? __builtin_clzll((uint64_t){x}) - {64 - W[t]} : {W[t]})")
-        if b == "lop3":
-            return A(
-                ops[0], "u32", f"lop3({V(ops[1], 'u32')},{V(ops[2], 'u32')},{V(ops[3], 'u32')},{ops[4]})"
-            )
-        if b == "prmt":
-            return A(ops[0], "u32", f"prmt({V(ops[1], 'u32')},{V(ops[2], 'u32')},{V(ops[3], 'u32')})")
-        if b == "shf":
-            hi, lo, n = V(ops[2], "u64"), V(ops[1], "u32"), V(ops[3], "u32")
-            n = f"({n}&31)" if "wrap" in p else f"({n}>32?32:{n})"
-            return A(
-                ops[0],
-                "u32",
-                f"(uint32_t)(((({hi})<<32)|{lo}) << {n} >> 32)"
-                if "l" in p
-                else f"(uint32_t)(((({hi})<<32)|{lo}) >> {n})",
-            )
-        if b == "bfe":
-            x, pos, n = V(ops[1], "u" + str(W[t])), V(ops[2], "u32"), V(ops[3], "u32")
-            return A(ops[0], t, f"bfe<{CT[t]}>({x},{pos}&255,{n}&255)")
-        raise Unsupported(".".join(p))
+    def register_value(self, operand, kind):
+        """A register's bits as a number of that type."""
+        bits, name = self.registers[operand], self.register(operand)
+        if kind in FLOATS:
+            narrowed = name if bits == BITS[kind] else f"({REGISTER[BITS[kind]]}){name}"
+            return f"bc<{C_TYPE[kind]}>({narrowed})"
+        return f"(({C_TYPE[kind]}){name})" if kind in C_TYPE else name
+
+    def address_of(self, name):
+        """The address of a variable; in shared memory, its offset."""
+        if name in self.local:
+            return f"((uint64_t)l_{identifier(name)})"
+        for shared in (self.shared, self.module.shared):
+            if name in shared:
+                offset = f"emu_dynoff_{self.name}" if shared[name] is None else shared[name]
+                return f"((uint64_t){offset})"
+        if name in self.module.globals:
+            return f"((uint64_t)g_{identifier(name)})"
+        raise Unsupported(f"operand {name}")
+
+    def place(self, operand):
+        """[base + offset] as a C++ expression."""
+        match = re.match(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\d+))?\s*\]$", operand)
+        if not match:
+            raise Unsupported(f"address {operand}")
+        return f"({self.value(match[1], 'u64')} + ({match[2] or 0}ll))"
+
+    def assign(self, target, kind, expression):
+        """Put an expression of that type into a register."""
+        if target == "_":
+            return f"(void)({expression});"
+        name = self.register(target)
+        if kind == "pred":
+            return f"{name} = {expression};"
+        if kind in FLOATS:
+            return f"{name} = bc<{REGISTER[BITS[kind]]}>(({C_TYPE[kind]})({expression}));"
+        return f"{name} = ({REGISTER[self.registers[target]]})({C_TYPE[kind]})({expression});"
+
+    # ---- instructions ---------------------------------------------------------------------------
+
+    def add(self, predicate, instruction):
+        """Append an instruction, done only if the predicate is true."""
+        emit = EMITTERS.get(instruction.parts[0])
+        if emit is None:
+            raise Unsupported(".".join(instruction.parts))
+        try:
+            text = emit(self, instruction)
+        except (KeyError, IndexError, TypeError, ValueError):  # a modifier or form not foreseen
+            raise Unsupported(".".join(instruction.parts)) from None
+        condition = f"if ({self.value(predicate, 'pred')}) " if predicate else ""
+        self.lines.append(f"{condition}{{ {text} }}" if predicate else text)
 
 
-class Module:
-    """Names that all functions of a PTX module see: shared (offset, None = dynamic) and global variables."""
+def constant(text, kind):
+    """A number, written as PTX writes it."""
+    if re.match(r"0[fF][0-9a-fA-F]{8}$", text):
+        return f"bc<float>(0x{text[2:]}u)" if kind == "f32" else f"0x{text[2:]}u"
+    if re.match(r"0[dD][0-9a-fA-F]{16}$", text):
+        return f"bc<double>(0x{text[2:]}ull)" if kind == "f64" else f"0x{text[2:]}ull"
+    if kind in ("f16", "bf16"):
+        return f"bc<{C_TYPE[kind]}>((uint16_t){text})"
+    if re.match(r"-?(0x[0-9a-fA-F]+|\d+)U?$", text):
+        return f"(({C_TYPE[kind]}){text.rstrip('U')}ll)"
+    raise Unsupported(f"constant {text}")
 
-    def __init__(self):
-        self.shared, self.glob = {}, {}
 
+# ---- emitters: opcode -> C++ --------------------------------------------------------------------
+
+EMITTERS: dict[str, Any] = {}
+
+
+def emits(*opcodes):
+    """Register what makes C++ of these opcodes: a function of the kernel and the instruction."""
+
+    def register(emit):
+        EMITTERS.update(dict.fromkeys(opcodes, emit))
+        return emit
+
+    return register
+
+
+def unknown(instruction):
+    """Refuse one form of an opcode that is known in others."""
+    return Unsupported(".".join(instruction.parts))
+
+
+@emits("ret", "exit")
+def leave(kernel, i):
+    return "return;"
+
+
+@emits("trap")
+def trap(kernel, i):
+    return f'emu::fail("trap", {i.line}); return;'
+
+
+@emits("bra")
+def branch(kernel, i):
+    return f"goto {identifier(i.operands[0])};"
+
+
+@emits("membar", "fence", "griddepcontrol", "nanosleep", "prefetch", "prefetchu")
+def nothing(kernel, i):
+    """Memory is one and in order here, and nothing is to be waited for."""
+    return ";"
+
+
+@emits("bar", "barrier")
+def barrier(kernel, i):
+    kernel.waits = True
+    if i.has("warp"):
+        return f"emu::warp_wait({kernel.value(i.operands[0], 'u32')}, {i.line});"
+    if not i.has("sync") or i.operands != ["0"]:
+        raise unknown(i)
+    return f"emu::syncthreads({i.line});"
+
+
+# ---- memory
+
+
+SPACES = ("param", "global", "shared", "local", "const")
+
+
+@emits("ld", "ldu")
+def load(kernel, i):
+    space = i.one_of(*SPACES)
+    kind = i.kind if i.kind[0] == "s" else unsigned(i.kind)
+    targets, size = members(i.operands[0]), BITS[kind] // 8
+    if space == "param":
+        return load_parameter(kernel, i, targets, kind)
+    at = kernel.place(i.operands[1])
+    checks = [f"ALIGNV({at}, {len(targets) * size}, {i.line});"] if len(targets) > 1 else []
+    reads = (
+        f"auto t{n} = {access('LD', space)}<{C_TYPE[kind]}>({at} + {n * size}, {i.line});"
+        for n in range(len(targets))
+    )
+    # All are read before any is written: the address may be in one of the targets.
+    writes = (kernel.assign(target, kind, f"t{n}") for n, target in enumerate(targets))
+    return f"{{ {' '.join([*checks, *reads, *writes])} }}"
+
+
+def load_parameter(kernel, i, targets, kind):
+    """Parameters lie where the launch put them: P[number of the parameter]."""
+    base, offset = matched(r"\[([\w$]+)(?:\+(\d+))?\]$", i.operands[1]).groups()
+    number = [name for name, _ in kernel.parameters].index(base)
+    start, size = int(offset or 0), BITS[kind] // 8
+    return " ".join(
+        kernel.assign(
+            target, kind, f"*(const {C_TYPE[kind]}*)((const char*)P[{number}] + {start + n * size})"
+        )
+        for n, target in enumerate(targets)
+    )
+
+
+def access(verb, space):
+    """The checking function of a memory space: load LD or store ST."""
+    return verb + {"global": "G", "shared": "S", "local": "L", "const": "L", None: "X"}[space]
+
+
+@emits("st")
+def store(kernel, i):
+    space, kind = i.one_of(*SPACES), unsigned(i.kind)
+    at, sources, size = kernel.place(i.operands[0]), members(i.operands[1]), BITS[kind] // 8
+    checks = [f"ALIGNV({at}, {len(sources) * size}, {i.line});"] if len(sources) > 1 else []
+    writes = (
+        f"{access('ST', space)}<{C_TYPE[kind]}>"
+        f"({at} + {n * size}, ({C_TYPE[kind]})({kernel.value(source, kind)}), {i.line});"
+        for n, source in enumerate(sources)
+    )
+    return " ".join([*checks, *writes])
+
+
+ATOMICS = {
+    "add": "o + {0}",
+    "min": "({0} < o ? {0} : o)",
+    "max": "({0} > o ? {0} : o)",
+    "and": "o & {0}",
+    "or": "o | {0}",
+    "xor": "o ^ {0}",
+    "exch": "{0}",
+    "cas": "(o == {0} ? {1} : o)",
+}
+
+
+@emits("atom", "red")
+def atomic(kernel, i):
+    """A load and a store: no other fiber runs between them."""
+    arguments = i.operands[1:] if i.parts[0] == "atom" else i.operands
+    at, values = kernel.place(arguments[0]), [kernel.value(v, i.kind) for v in arguments[1:]]
+    new, kind = ATOMICS[i.one_of(*ATOMICS)].format(*values), C_TYPE[i.kind]
+    if i.kind in ("f16", "bf16"):
+        new = f"dn<{kind}>(up(o) + up({values[0]}))"
+    space = {"shared": "A", "global": "G", None: "X"}[i.one_of("shared", "global")]
+    read = f"{kind} o = LD{space}<{kind}>({at}, {i.line});"
+    write = f"ST{space}<{kind}>({at}, ({kind})({new}), {i.line});"
+    back = kernel.assign(i.operands[0], i.kind, "o") if i.parts[0] == "atom" else ""
+    return f"{{ {read} {write} {back} }}"
+
+
+# ---- moves and conversions
+
+
+@emits("mov")
+def move(kernel, i):
+    target, source = i.operands
+    if i.kind == "pred":
+        known = {"0": "false", "1": "true", "-1": "true"}
+        return kernel.assign(target, "pred", known.get(source) or kernel.value(source, "pred"))
+    kind = unsigned(i.kind)
+    if target.startswith("{"):
+        return unpack(kernel, members(target), kernel.value(source, kind), BITS[kind])
+    return kernel.assign(target, kind, kernel.value(source, kind))
+
+
+def unpack(kernel, targets, value, bits):
+    """The parts of a number in several registers, the lowest in the first."""
+    each = bits // len(targets)
+    parts = (
+        kernel.assign(target, f"u{each}", f"(uint{each}_t)(t >> {n * each})")
+        for n, target in enumerate(targets)
+    )
+    return f"{{ auto t = {value}; {' '.join(parts)} }}"
+
+
+@emits("cvta")
+def convert_address(kernel, i):
+    """Shared memory alone has addresses of its own."""
+    value = kernel.value(i.operands[1], "u64")
+    if i.has("shared"):
+        value += " - (uint64_t)SH" if i.has("to") else " + (uint64_t)SH"
+    return kernel.assign(i.operands[0], "u64", value)
+
+
+TO_INTEGRAL = {"rzi": "trunc", "rni": "nearbyint", "rmi": "floor", "rpi": "ceil"}
+
+
+@emits("cvt")
+def convert(kernel, i):
+    to, source = [part for part in i.parts[1:] if part in BITS]
+    if i.has("rz", "rm", "rp") or (i.has("sat") and to not in FLOATS):
+        raise unknown(i)
+    if to in ("f16x2", "bf16x2"):
+        high, low = (rounded(to[:-2], kernel.value(o, source)) for o in i.operands[1:])
+        return kernel.assign(i.operands[0], "u32", f"((uint32_t){high}.b << 16) | {low}.b")
+    value, integral = kernel.value(i.operands[1], source), i.one_of(*TO_INTEGRAL)
+    if source in FLOATS:
+        value = f"up({value})"
+    if integral:
+        value = f"{TO_INTEGRAL[integral]}({value})"
+    if to in FLOATS:
+        value = saturated(i, value)
+        exact = to == "f32" and source not in FLOATS  # int64 -> double -> float rounds twice
+        return kernel.assign(i.operands[0], to, f"(float){value}" if exact else rounded(to, value))
+    if source in FLOATS:
+        value = f"f2i<{C_TYPE[to]}>((double){value})"
+    return kernel.assign(i.operands[0], to, value)
+
+
+def rounded(kind, value):
+    """A C++ expression, rounded to a floating type."""
+    return f"dn<{C_TYPE[kind]}>({value})"
+
+
+def saturated(i, value):
+    """The value clamped to [0, 1], where .sat asks for it."""
+    return f"saturate({value})" if i.has("sat") else value
+
+
+# ---- comparisons and predicates
+
+
+COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+COMPARE |= {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
+LOGIC = {"and": "&&", "or": "||", "xor": "!="}
+
+
+@emits("setp")
+def compare(kernel, i):
+    a, b = (kernel.value(operand, i.kind) for operand in i.operands[1:3])
+    relation = i.parts[1]
+    if i.kind in FLOATS:
+        truth = compare_floats(relation, f"up({a})", f"up({b})")
+    else:
+        truth = f"({a} {COMPARE[relation]} {b})"
+    if logic := i.one_of(*LOGIC):
+        truth = f"({truth} {LOGIC[logic]} {kernel.value(i.operands[3], 'pred')})"
+    first, *second = i.operands[0].split("|")
+    text = kernel.assign(first.strip(), "pred", truth)
+    if second:
+        text += kernel.assign(second[0].strip(), "pred", "!" + kernel.register(first.strip()))
+    return text
+
+
+def compare_floats(relation, a, b):
+    """Ordered relations are false for NaN, unordered ones (with a u) are true."""
+    unordered = f"({a} != {a} || {b} != {b})"
+    if relation in ("num", "nan"):
+        return unordered if relation == "nan" else f"!{unordered}"
+    truth = f"({a} {COMPARE[relation[:2]]} {b})"
+    return f"({truth} || {unordered})" if len(relation) == 3 else f"({truth} && !{unordered})"
+
+
+@emits("selp")
+def select(kernel, i):
+    yes, no = (kernel.value(operand, i.kind) for operand in i.operands[1:3])
+    return kernel.assign(
+        i.operands[0], i.kind, f"{kernel.value(i.operands[3], 'pred')} ? {yes} : {no}"
+    )
+
+
+# ---- other lanes
+
+
+SHUFFLES = {"bfly": 0, "down": 1, "up": 2, "idx": 3}
+
+
+@emits("shfl")
+def shuffle(kernel, i):
+    kernel.waits = True
+    target, *inside = i.operands[0].split("|")
+    arguments = ", ".join(kernel.value(operand, "u32") for operand in i.operands[1:])
+    call = f"shflx({SHUFFLES[i.one_of(*SHUFFLES)]}, {arguments}, ok, {i.line})"
+    text = f"bool ok; auto t = {call}; {kernel.assign(target.strip(), 'u32', 't')}"
+    if inside:
+        text += kernel.assign(inside[0].strip(), "pred", "ok")
+    return f"{{ {text} }}"
+
+
+@emits("vote")
+def vote(kernel, i):
+    kernel.waits = True
+    mask, mode = kernel.value(i.operands[2], "u32"), i.one_of("ballot", "any", "all")
+    ballot = f"emu::ballot({mask}, {kernel.value(i.operands[1], 'pred')}, {i.line})"
+    if mode == "ballot":
+        return kernel.assign(i.operands[0], "u32", ballot)
+    return kernel.assign(
+        i.operands[0], "pred", ballot + {"any": " != 0", "all": f" == {mask}"}[mode]
+    )
+
+
+@emits("activemask")
+def active_mask(kernel, i):
+    return kernel.assign(i.operands[0], "u32", "active_mask()")
+
+
+# ---- arithmetic of both kinds
+
+
+def of_kind(floating=None, integer=None):
+    """An emitter that goes by the type. Packed halves are of neither kind."""
+
+    def emit(kernel, i):
+        if i.kind in FLOATS and floating:
+            return floating(kernel, i)
+        if i.kind in C_TYPE and i.kind not in FLOATS and integer:
+            return integer(kernel, i)
+        raise unknown(i)
+
+    return emit
+
+
+def float_operands(kernel, i):
+    """The inputs, widened to float or double."""
+    if i.has("rz", "rm", "rp") and i.parts[0] != "fma":
+        raise unknown(i)
+    return [f"up({kernel.value(operand, i.kind)})" for operand in i.operands[1:]]
+
+
+def assign_float(kernel, i, value):
+    """The result, saturated if asked for and rounded to the instruction's type."""
+    return kernel.assign(i.operands[0], i.kind, rounded(i.kind, saturated(i, value)))
+
+
+def float_binary(kernel, i):
+    a, b = float_operands(kernel, i)
+    sign = {"add": "+", "sub": "-", "mul": "*", "div": "/"}[i.parts[0]]
+    return assign_float(kernel, i, f"{a} {sign} {b}")
+
+
+def float_extreme(kernel, i):
+    a, b = float_operands(kernel, i)
+    value = f"f{i.parts[0]}({a}, {b})"
+    if i.has("NaN"):  # without it, a NaN gives way to a number
+        value = f"({a} != {a} ? {a} : {b} != {b} ? {b} : {value})"
+    return assign_float(kernel, i, value)
+
+
+def float_unary(kernel, i):
+    (a,) = float_operands(kernel, i)
+    return assign_float(kernel, i, FLOAT_UNARY[i.parts[0]].format(a))
+
+
+# The approximations of the hardware are not known to the last bit: these are the host's functions.
+FLOAT_UNARY = {
+    "neg": "-{}",
+    "abs": "fabs({})",
+    "sqrt": "std::sqrt({})",
+    "rsqrt": "1 / std::sqrt({})",
+    "rcp": "1 / {}",
+    "ex2": "std::exp2({})",
+    "lg2": "std::log2({})",
+    "sin": "std::sin({})",
+    "cos": "std::cos({})",
+    "tanh": "std::tanh({})",
+}
+
+
+def copy_sign(kernel, i):
+    sign, magnitude = float_operands(kernel, i)
+    return assign_float(kernel, i, f"copysign({magnitude}, {sign})")
+
+
+def fused(kernel, i):
+    a, b, c = float_operands(kernel, i)
+    if direction := i.one_of("rm", "rp"):
+        return kernel.assign(i.operands[0], i.kind, f"fma_{direction}({a}, {b}, {c})")
+    if i.has("rz", "relu"):
+        raise unknown(i)
+    return assign_float(kernel, i, f"std::fma({a}, {b}, {c})")
+
+
+def integer_operands(kernel, i, kind=None):
+    """The inputs, as numbers of the instruction's type or of another."""
+    if i.has("cc", "sat"):
+        raise unknown(i)
+    return [kernel.value(operand, kind or i.kind) for operand in i.operands[1:]]
+
+
+def integer_binary(kernel, i):
+    """Unsigned, since C++ leaves the overflow of signed numbers undefined."""
+    a, b = integer_operands(kernel, i, unsigned(i.kind))
+    sign = {"add": "+", "sub": "-"}[i.parts[0]]
+    return kernel.assign(i.operands[0], i.kind, f"{a} {sign} {b}")
+
+
+def integer_product(kernel, i):
+    """mul and mad: .lo the lower half of the product, .hi the upper, .wide all of it."""
+    bits, kind = BITS[i.kind], i.kind
+    if i.has("wide"):
+        kind = wide = f"{i.kind[0]}{2 * bits}"
+        a, b = (f"({C_TYPE[wide]}){value}" for value in integer_operands(kernel, i)[:2])
+        product = f"{a} * {b}"
+    elif i.has("hi"):
+        a, b = integer_operands(kernel, i)[:2]
+        big = "__int128" if i.kind[0] == "s" else "unsigned __int128"
+        product = f"(({big}){a} * {b}) >> {bits}"
+    else:
+        a, b = integer_operands(kernel, i, unsigned(i.kind))[:2]
+        product = f"(uint64_t){a} * {b}"
+    if i.parts[0] == "mad":
+        product = f"({product}) + {kernel.value(i.operands[3], kind)}"
+    return kernel.assign(i.operands[0], kind, product)
+
+
+def integer_quotient(kernel, i):
+    a, b = integer_operands(kernel, i)
+    function = {"div": "quotient", "rem": "remainder"}[i.parts[0]]
+    return kernel.assign(i.operands[0], i.kind, f"{function}_of<{C_TYPE[i.kind]}>({a}, {b})")
+
+
+def integer_extreme(kernel, i):
+    a, b = integer_operands(kernel, i)
+    return kernel.assign(
+        i.operands[0], i.kind, f"{a} {'<' if i.parts[0] == 'min' else '>'} {b} ? {a} : {b}"
+    )
+
+
+def integer_unary(kernel, i):
+    (a,) = integer_operands(kernel, i)
+    value = f"-{a}" if i.parts[0] == "neg" else f"{a} < 0 ? -{a} : {a}"
+    return kernel.assign(i.operands[0], i.kind, value)
+
+
+EMITTERS |= dict.fromkeys(("add", "sub"), of_kind(float_binary, integer_binary))
+EMITTERS |= {"mul": of_kind(float_binary, integer_product)}
+EMITTERS |= {"mad": of_kind(fused, integer_product), "fma": of_kind(fused)}
+EMITTERS |= {"div": of_kind(float_binary, integer_quotient), "rem": of_kind(None, integer_quotient)}
+EMITTERS |= dict.fromkeys(("min", "max"), of_kind(float_extreme, integer_extreme))
+EMITTERS |= dict.fromkeys(FLOAT_UNARY, of_kind(float_unary))
+EMITTERS |= dict.fromkeys(("neg", "abs"), of_kind(float_unary, integer_unary))
+EMITTERS |= {"copysign": of_kind(copy_sign)}
+
+
+# ---- bits
+
+
+@emits("and", "or", "xor", "not")
+def bitwise(kernel, i):
+    values = [kernel.value(operand, i.kind) for operand in i.operands[1:]]
+    if i.parts[0] == "not":
+        return kernel.assign(
+            i.operands[0], i.kind, f"{'!' if i.kind == 'pred' else '~'}{values[0]}"
+        )
+    sign = (
+        LOGIC[i.parts[0]] if i.kind == "pred" else {"and": "&", "or": "|", "xor": "^"}[i.parts[0]]
+    )
+    return kernel.assign(i.operands[0], i.kind, f"{values[0]} {sign} {values[1]}")
+
+
+@emits("shl", "shr")
+def shift(kernel, i):
+    """By as many bits as there are or more: nothing is left but the sign."""
+    value, count = kernel.value(i.operands[1], i.kind), kernel.value(i.operands[2], "u32")
+    rest = f"({value} < 0 ? -1 : 0)" if i.kind[0] == "s" and i.parts[0] == "shr" else "0"
+    sign = "<<" if i.parts[0] == "shl" else ">>"
+    return kernel.assign(
+        i.operands[0], i.kind, f"{count} >= {BITS[i.kind]} ? {rest} : {value} {sign} {count}"
+    )
+
+
+@emits("shf")
+def funnel_shift(kernel, i):
+    low, high = kernel.value(i.operands[1], "u32"), kernel.value(i.operands[2], "u64")
+    count = kernel.value(i.operands[3], "u32")
+    count = f"({count} & 31)" if i.has("wrap") else f"({count} > 32 ? 32 : {count})"
+    both = f"((({high}) << 32) | {low})"
+    value = f"({both} << {count}) >> 32" if i.has("l") else f"{both} >> {count}"
+    return kernel.assign(i.operands[0], "u32", f"(uint32_t)({value})")
+
+
+@emits("popc", "clz")
+def count_bits(kernel, i):
+    value = kernel.value(i.operands[1], unsigned(i.kind))
+    if i.parts[0] == "popc":
+        return kernel.assign(i.operands[0], "u32", f"__builtin_popcountll({value})")
+    zeros = f"{value} ? __builtin_clzll((uint64_t){value}) - {64 - BITS[i.kind]} : {BITS[i.kind]}"
+    return kernel.assign(i.operands[0], "u32", zeros)
+
+
+@emits("lop3", "prmt", "dp4a")
+def of_three(kernel, i):
+    if i.parts[0] == "prmt" and len(i.parts) > 2:
+        raise unknown(i)
+    kinds = (i.parts[1], i.parts[2], "u32") if i.parts[0] == "dp4a" else ("u32",) * 3
+    values = [kernel.value(o, kind) for o, kind in zip(i.operands[1:], kinds, strict=False)]
+    values += i.operands[4:]  # the truth table of lop3
+    return kernel.assign(i.operands[0], "u32", f"{i.parts[0]}({', '.join(values)})")
+
+
+@emits("bfe")
+def extract_bits(kernel, i):
+    value = kernel.value(i.operands[1], unsigned(i.kind))
+    start, count = (kernel.value(operand, "u32") for operand in i.operands[2:])
+    return kernel.assign(
+        i.operands[0], i.kind, f"bfe<{C_TYPE[i.kind]}>({value}, {start} & 255, {count} & 255)"
+    )
+
+
+@emits("bfi")
+def insert_bits(kernel, i):
+    kind = unsigned(i.kind)
+    bits, into = (kernel.value(operand, kind) for operand in i.operands[1:3])
+    start, count = (kernel.value(operand, "u32") for operand in i.operands[3:])
+    call = f"bfi<{C_TYPE[kind]}>({bits}, {into}, {start} & 255, {count} & 255)"
+    return kernel.assign(i.operands[0], kind, call)
+
+
+# ---- a whole module -----------------------------------------------------------------------------
 
 LINKAGE = r"(?:\.visible |\.extern |\.weak )*"
 SHARED = re.compile(
-    LINKAGE + r"\.shared (?:\.attribute\([^)]*\) )?(?:\.align (\d+) )?\.(\w+) ([\w$]+)(?:\[(\d*)\])?"
+    LINKAGE
+    + r"\.shared (?:\.attribute\([^)]*\) )?(?:\.align (\d+) )?\.(\w+) ([\w$]+)(?:\[(\d*)\])?"
 )
 GLOBAL = re.compile(
     LINKAGE + r"\.(?:global|const) (?:\.align (\d+) )?\.(\w+) ([\w$]+)(?:\[(\d+)\])?(?: = (.*))?;"
 )
-PARAM = re.compile(
+LOCAL = re.compile(r"\.local (?:\.align (\d+) )?\.(\w+) ([\w$]+)\[(\d+)\]")
+PARAMETER = re.compile(
     r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+"
     r"(?:\.ptr\s+(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?([\w$]+)(?:\[(\d+)\])?"
 )
-LAUNCH = """EMU_API int emu_launch__@NAME@(const emu::Cfg* c, void** p) {
-  emu::Cfg d = *c;
-  d.shm = emu_dynoff_@NAME@ + c->shm;
-  if (c->shm > 227 * 1024) return 2;
-  SHN = d.shm;
-  static std::vector<char> buf;
-  if (buf.size() < d.shm + 16) buf.resize(d.shm + 16);
-  SH = (char*)(((uintptr_t)buf.data() + 15) & ~15ull);
-  d.shm = 0;
-  emu::C.shp = SH;
-  emu::C.shn = SHN;
-  return emu::run_grid(d, [&] { k_@NAME@(p); }, @DIRECT@);
+STATEMENT = re.compile(r"[{}]|[^;{}]*(?:\{[^}]*\}[^;{}]*)*;|[\w$]+:")
+
+
+class Module:
+    """A PTX file in the course of its translation."""
+
+    def __init__(self):
+        self.shared, self.globals = {}, {}  # name -> offset, None if dynamic;  name -> C++
+        self.shared_bytes = 0
+        self.kernels: list[Kernel] = []
+        self.kernel: Any = None  # the one that is being read
+        self.depth = 0
+
+    def read(self, text):
+        """Take in all lines."""
+        header = ""
+        for number, raw in enumerate(text.splitlines(), 1):
+            line = re.sub(r"\s+", " ", re.sub(r"//.*", "", raw)).strip()
+            if header or ".entry" in line:
+                header += " " + line
+                if "{" in line:
+                    self.begin(header)
+                    header = ""
+            elif line and self.kernel is None:
+                self.declare(line)
+            elif line:
+                self.read_statements(line, number)
+
+    def begin(self, header):
+        """Start a kernel."""
+        name = matched(r".*?\.entry ([\w$]+)", header)[1]
+        listed = re.search(r"\((.*?)\)", header)
+        matches = [matched(PARAMETER, each) for each in split(listed[1] if listed else "")]
+        sizes = [(m[3], BITS[m[2]] // 8 * int(m[4] or 1)) for m in matches]
+        self.kernel, self.depth = Kernel(name, sizes, self), 1
+
+    def declare(self, line):
+        """A line outside of kernels: a variable, or nothing of interest."""
+        if re.search(r"\.func\b", line):
+            raise Unsupported(".func")
+        if ".shared" in line:
+            self.declare_shared(line, self.shared)
+        elif match := GLOBAL.match(line):
+            _, kind, name, count, values = match.groups()
+            values = values if (values or "{0}").startswith("{") else f"{{{values}}}"
+            self.globals[name] = (
+                f"EMU_GLOBAL {C_TYPE[kind]} g_{identifier(name)}[{count or 1}] = {values or '{0}'};"
+            )
+
+    def declare_shared(self, line, table):
+        """Give a variable its place in shared memory; the dynamic ones begin after all others."""
+        align, kind, name, count = matched(SHARED, line).groups()
+        if ".extern" in line or count == "":
+            table[name] = None
+            return
+        align = int(align or 4)
+        table[name] = (self.shared_bytes + align - 1) // align * align
+        self.shared_bytes = table[name] + BITS[kind] // 8 * int(count or 1)
+
+    def read_statements(self, line, number):
+        """The statements of one line within a kernel."""
+        label = re.match(r"[\w$]+:$", line)
+        for statement in [line] if label else STATEMENT.findall(line):
+            text = statement.strip().rstrip(";").strip()
+            if text in ("{", "}"):
+                self.depth += 1 if text == "{" else -1
+                if self.depth == 0:
+                    self.kernels.append(self.kernel)
+                    self.kernel = None
+            elif text.endswith(":"):
+                self.kernel.lines.append(f"{identifier(text[:-1])}:;")
+            elif text.startswith("."):
+                self.declare_inside(text)
+            elif text:
+                self.read_instruction(text, number)
+
+    def declare_inside(self, text):
+        """Registers, shared and local variables; other directives mean nothing here."""
+        if match := re.match(r"\.reg \.(\w+) (.*)", text):
+            for each in split(match[2]):
+                many = re.match(r"(%?[\w$]+)<(\d+)>", each)
+                names = [f"{many[1]}{n}" for n in range(int(many[2]))] if many else [each]
+                self.kernel.registers |= dict.fromkeys(names, BITS[match[1]])
+        elif ".shared" in text:
+            self.declare_shared(text, self.kernel.shared)
+        elif match := LOCAL.match(text):
+            self.kernel.local[match[3]] = int(match[4]) * BITS[match[2]] // 8
+
+    def read_instruction(self, text, number):
+        """`@predicate opcode operands`."""
+        predicate, rest = matched(r"(?:@(!?%?\w+) )?(.*)", text).groups()
+        opcode, operands = matched(r"([\w.:]+) ?(.*)", rest).groups()
+        parts = re.sub(r"\.L[12]::\w+", "", opcode).split(".")  # cache hints
+        self.kernel.add(predicate, Instruction(parts, split(operands), number))
+
+
+BODY = """static uint64_t emu_dynoff_@NAME@ = @DYNAMIC@;
+static void k_@NAME@(void** P) {
+@BODY@
+}
+EMU_API int emu_launch__@NAME@(const emu::Cfg* c, void** p) {
+  return launch_translated(*c, emu_dynoff_@NAME@, [&] { k_@NAME@(p); }, @DIRECT@);
 }
 EMU_API int emu_nparams__@NAME@() { return @COUNT@; }
-EMU_API void emu_psizes__@NAME@(int* o) { @SIZES@ }"""
+EMU_API void emu_psizes__@NAME@(int* o) { @SIZES@ }
+"""
 
 
 def translate(ptx):
-    """PTX text -> (C++ source with emu_launch__NAME functions, kernel names)."""
-    mod = Module()
-    lines = ptx.splitlines()
-    out = [PRE]
-    fns = []
-    i = 0
-    soff = 0
-    cur = None
-    depth = 0
+    """PTX text as (C++ source to be put after ptx_prelude.h, names of its kernels)."""
+    module = Module()
+    module.read(ptx)
+    kernels = [definition(kernel, module.shared_bytes) for kernel in module.kernels]
+    text = "\n".join([*module.globals.values(), *kernels])
+    return text, [kernel.name for kernel in module.kernels]
 
-    def decl_shared(l, table):
-        """Place a .shared variable."""
-        nonlocal soff
-        m = SHARED.match(l)
-        al, ty, n, cnt = int(m.group(1) or 4), m.group(2), m.group(3), m.group(4)
-        if ".extern" in l or cnt == "":
-            table[n] = None
-            return
-        soff = (soff + al - 1) // al * al
-        table[n] = soff
-        soff += W[ty] // 8 * int(cnt or 1)
 
-    while i < len(lines):
-        l = re.sub(r"\s+", " ", re.sub(r"//.*", "", lines[i])).strip()
-        i += 1
-        if not l:
-            continue
-        if cur is None:
-            if re.match(r"\.(version|target|address_size|file)", l):
-                continue
-            if re.search(r"\.func\b", l):
-                raise Unsupported(".func")
-            if re.search(r"\.entry", l):
-                hdr = l
-                while "{" not in hdr:
-                    hdr += " " + re.sub(r"//.*", "", lines[i]).strip()
-                    i += 1
-                name = re.search(r"\.entry\s+([\w$]+)", hdr).group(1)
-                plist = re.search(r"\((.*?)\)", hdr)
-                params = []
-                for x in split_ops(plist.group(1)) if plist else []:
-                    m = PARAM.search(x)
-                    params.append((m.group(3), W[m.group(2)] // 8 * int(m.group(4) or 1)))
-                cur = Fn(name, params, mod)
-                depth = 1
-                continue
-            if ".shared" in l:
-                decl_shared(l, mod.shared)
-                continue
-            m = GLOBAL.match(l)
-            if m:
-                ini = m.group(5) or "{0}"
-                ini = ini if ini.startswith("{") else "{" + ini + "}"
-                mod.glob[m.group(3)] = 1
-                ty, name = CT.get(m.group(2), "uint8_t"), re.sub(r"[^A-Za-z0-9_]", "_", m.group(3))
-                out.append(f"alignas(16) static {ty} g_{name}[{m.group(4) or 1}] = {ini};")
-            continue
-        is_label = re.match(r"^[\w$]+:$", l)
-        for st in [l] if is_label else re.findall(r"[{}]|[^;{}]*(?:\{[^}]*\}[^;{}]*)*;|[\w$]+:", l):
-            st = st.strip().rstrip(";").strip()
-            if not st:
-                continue
-            if st == "{":
-                depth += 1
-                continue
-            if st == "}":
-                depth -= 1
-                if depth == 0:
-                    fns.append(cur)
-                    cur = None
-                continue
-            if st.endswith(":"):
-                cur.code.append(re.sub(r"[^A-Za-z0-9_]", "_", st[:-1]) + ":;")
-                continue
-            m = re.match(r"\.reg\s+\.(\w+)\s+(.*)", st)
-            if m:
-                for r in split_ops(m.group(2)):
-                    q = re.match(r"(%?[\w$]+)<(\d+)>", r)
-                    for nm in [f"{q.group(1)}{k}" for k in range(int(q.group(2)))] if q else [r]:
-                        cur.regs[nm] = W[m.group(1)]
-                continue
-            if ".shared" in st and st.startswith("."):
-                decl_shared(st, cur.shared)
-                continue
-            m = re.match(r"\.local (?:\.align (\d+) )?\.(\w+) ([\w$]+)\[(\d+)\]", st)
-            if m:
-                cur.local.append((m.group(3), int(m.group(4)) * W[m.group(2)] // 8))
-                continue
-            if st.startswith("."):
-                continue
-            pred = None
-            m = re.match(r"@(!?)(%?\w+)\s+(.*)", st)
-            if m:
-                pred, st = m.group(1) + m.group(2), m.group(3)
-            m = re.match(r"([\w.:]+)\s*(.*)", st)
-            op = re.sub(r"\.(L1|L2)::[\w]+", "", m.group(1))
-            cur.emit(pred, op, split_ops(m.group(2)), i)
-    for f in fns:
-        out.append(f"static uint64_t emu_dynoff_{f.name}={(soff + 15) // 16 * 16};")
-        out.append(f"static void k_{f.name}(void** P) {{")
-        byw = {}
-        for r, w in f.regs.items():
-            byw.setdefault(w, []).append(f.reg(r) + "=0")
-        for w, rs in byw.items():
-            out.append(f"  {RT[w]} {', '.join(rs)};")
-        for n, sz in f.local:
-            out.append(f"  alignas(16) char l_{n}[{sz}]; memset(l_{n},0xFF,{sz});")
-        out += ["  " + c for c in f.code] + ["}"]
-        sizes = " ".join(f"o[{k}]={size};" for k, (_, size) in enumerate(f.params))
-        text = LAUNCH.replace("@NAME@", f.name).replace("@DIRECT@", "false" if f.sync else "true")
-        out.append(text.replace("@COUNT@", str(len(f.params))).replace("@SIZES@", sizes))
-    return "\n".join(out) + "\n", [f.name for f in fns]
+def definition(kernel, shared_bytes):
+    """The C++ functions of one kernel."""
+    lines = [
+        f"  {REGISTER[bits]} {kernel.register(name)} = 0;"
+        for name, bits in kernel.registers.items()
+    ]
+    for name, size in kernel.local.items():
+        variable = f"l_{identifier(name)}"
+        lines.append(f"  alignas(16) char {variable}[{size}]; memset({variable}, 0xFF, {size});")
+    lines += [f"  {line}" for line in kernel.lines]
+    parameters = enumerate(kernel.parameters)
+    words = {
+        "NAME": kernel.name,
+        "DYNAMIC": str((shared_bytes + 15) // 16 * 16),
+        "BODY": "\n".join(lines),
+        "DIRECT": "false" if kernel.waits else "true",
+        "COUNT": str(len(kernel.parameters)),
+        "SIZES": " ".join(f"o[{n}] = {size};" for n, (_, size) in parameters),
+    }
+    return re.sub(r"@([A-Z]+)@", lambda match: words[match[1]], BODY)

@@ -1,9 +1,9 @@
 """What Python code sees of the device: cupy.cuda.runtime.X, and the device's properties."""
 
 import ctypes
-import re
+from typing import Any
 
-C_TYPES = {
+C_TYPES: dict[str, Any] = {
     "int": ctypes.c_int,
     "intptr_t": ctypes.c_ssize_t,
     "size_t": ctypes.c_size_t,
@@ -24,7 +24,7 @@ def expose(modules, replaced):
 
 def callable_of(name, signature, address):
     """A Python function of a C function with a Cython signature, such as `int (int, int skip)`."""
-    result, parameters = re.match(r"(.*?)\s*\((.*)\)$", signature).groups()
+    result, _, parameters = signature.removesuffix(")").partition("(")
     result_type = ctypes.py_object if "*" in result else C_TYPES[result.strip()]
     types = [each.strip() for each in parameters.split(",")]
     own = [C_TYPES[each] for each in types if "__pyx" not in each and each != "void"]

@@ -1,11 +1,13 @@
 """Stand-in for cupy.cuda.thrust, which is compiled CUDA: NumPy's stable sorts."""
 
 import types
+from typing import Any
 
 import numpy as np
+
 from softcuda.memory import call, view
 
-module = types.ModuleType("cupy.cuda.thrust")
+module: Any = types.ModuleType("cupy.cuda.thrust")
 module.available = True
 module.get_build_version = lambda: 300102
 

@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 from numba import types
+from numba.extending import intrinsic
 
-from llama3np.kernels.cpu import exp, ir
+from llama3np.kernels.cpu import ir
 from llama3np.kernels.cpu.compiler import jit
 from llama3np.kernels.cpu.dots import ADDRESS, PLAIN, row_dot
-from llama3np.kernels.cpu.ir import Builder, V, Value, const, every, intrinsic, vector
+from llama3np.kernels.cpu.exp import emit_exp, exp_f32
+from llama3np.kernels.cpu.ir import Builder, V, Value, const, every, vector
 from llama3np.kernels.ggml import FORMATS as GGML
-
-exp_f32: Any = exp.exp_f32
 
 SPLIT = 512  # slots of a part
 SCRATCH = 4 * SPLIT  # floats of private memory that attend_part needs
@@ -182,7 +182,7 @@ def _exponentials(typingctx, U, scores, count, scale, heads, stride, part):
 
             def power(i: Value, sums: list[Value]) -> list[Value]:
                 score = ir.multiply(b, ir.load_f32(b, scores, i), scales)
-                power = exp.emit_exp(b, b.fsub(score, m))
+                power = emit_exp(b, b.fsub(score, m))
                 ir.store(b, power, ir.at(b, scores, 4, i))
                 return [ir.add(b, power, sums[0])]
 
@@ -439,5 +439,5 @@ def _copy(typingctx, x, address, H, code):
 
 @jit
 def store_row(x, address, H, kv_code):
-    """Write H float32 at x into the cache at an address, in its format, as NumPy's cast does."""
+    """Write H float32 at x to an address, in a format of the cache, as NumPy's cast does."""
     _copy(x, address, H, kv_code)

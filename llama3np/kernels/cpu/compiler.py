@@ -7,8 +7,10 @@ import functools
 import hashlib
 import logging
 import os
+import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,9 @@ from llama3np.kernels import ggml
 # of quotients would then be estimates, and have other bits than a quotient alone.
 FAST = {"reassoc", "contract", "nsz"}
 
-_SETTINGS: Any = numba.core.config  # numba's, of the whole process
+UNUSED = 60  # days after which a folder of another version is removed
+
+_SETTINGS = numba.core.config  # numba's, of the whole process
 _LOG = logging.getLogger("llama3np")
 
 
@@ -66,7 +70,22 @@ def _temporary_folder() -> Path:
     return folder if ours else Path(os.devnull)
 
 
+def mark_used(folder: Path) -> None:
+    """Note that a folder is in use; where it is new, remove those of other versions that are not.
+
+    Those are the ones that nobody used for UNUSED days. What cannot be removed stays.
+    """
+    with contextlib.suppress(OSError):
+        if folder.exists():
+            os.utime(folder)
+            return
+        for other in folder.parent.glob("kernels-" + 16 * "[0-9a-f]"):
+            if time.time() - other.stat().st_mtime > UNUSED * 24 * 60 * 60:
+                shutil.rmtree(other, ignore_errors=True)
+
+
 CACHE = cache_folder()
+mark_used(CACHE)
 
 
 def jit(function: Callable) -> Any:

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 from llvmlite import ir as llvm
 from numba import types
+from numba.extending import intrinsic
 
 from llama3np.kernels.cpu import ir
 from llama3np.kernels.cpu.blocks import BLOCKS, Block, Prepare
 from llama3np.kernels.cpu.compiler import jit
-from llama3np.kernels.cpu.ir import Builder, V, Value, const, f32, i16, intrinsic, vector
+from llama3np.kernels.cpu.ir import Builder, V, Value, const, f32, i16, vector
+from llama3np.kernels.cpu.shared import floats
 from llama3np.kernels.ggml import FORMATS
 
 ADDRESS = types.intp
@@ -243,6 +245,14 @@ def widen_rows(code, address, row_bytes, rows, n, out_address):
     """Write stored rows as float32, one after the other."""
     for r in range(rows):
         widen_row(code, address + r * row_bytes, out_address + r * n * 4, n)
+
+
+@jit
+def dot_rows(code, address, row_bytes, rows, x, n, y_address):
+    """Write the products of stored rows with one x, as float32, one after the other."""
+    y_R = floats(y_address, rows)
+    for r in range(rows):
+        y_R[r] = row_dot(code, address + r * row_bytes, x, n)
 
 
 # ---- the limit -------------------------------------------------------------------------------

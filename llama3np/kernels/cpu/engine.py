@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,16 +12,15 @@ import numpy as np
 from llama3np.backend import host_ids
 from llama3np.cache import Cache, Window
 from llama3np.config import Config
-from llama3np.kernels import tokens
 from llama3np.kernels.attention import attention
-from llama3np.kernels.cpu import gemm, gemm_bf16
-from llama3np.kernels.cpu import tokens as compiled
+from llama3np.kernels.cpu import gemm, gemm_bf16, gemv, tokens
 from llama3np.kernels.cpu.dots import widen_rows as compiled_widen
 from llama3np.kernels.cpu.layout import PLAIN, described, parts_of
-from llama3np.kernels.cpu.shared import address, new_counters
+from llama3np.kernels.cpu.shared import address, aligned, new_counters
 from llama3np.kernels.cpu.softmax import soften
 from llama3np.kernels.cpu.step import PHASES, SPLIT, STEP, own_floats, run
-from llama3np.kernels.engine import Engine, Multiply
+from llama3np.kernels.engine import Engine
+from llama3np.kernels.linear import Products
 from llama3np.kernels.product import widen_rows
 from llama3np.kernels.rounded import round_bf16
 from llama3np.model import rope_tables
@@ -45,10 +44,10 @@ class CompiledEngine(Engine):
 
         if profile.dtype == "float32":
             self.ops = self.ops._replace(
-                rms_norm=partial(tokens.rms_norm, pool=pool, op=compiled.rms_norm),
-                rope=partial(tokens.rope, pool=pool, op=compiled.rope),
+                rms_norm=partial(tokens.rms_norm, pool=pool),
+                rope=partial(tokens.rope, pool=pool),
                 attention=partial(attention, pool=pool, soften=soften),
-                swiglu=partial(tokens.swiglu, pool=pool, op=compiled.swiglu),
+                swiglu=partial(tokens.swiglu, pool=pool),
             )
 
     @staticmethod
@@ -63,18 +62,19 @@ class CompiledEngine(Engine):
         first = address(stored) + start * row_bytes
         compiled_widen(code, first, row_bytes, stop - start, w.shape[1], address(out))
 
-    def multiplier(self) -> Multiply:
+    def products(self) -> Products:
         """What computes x_MD @ w.T by the profile: our own kernels where the processor has them."""
-        rounded, pool, blas = self.profile.rounded, self.pool, super().multiplier()
+        rounded, pool, blas = self.profile.rounded, self.pool, super().products()
         has_bf16 = rounded and gemm_bf16.supported()
-        has_avx512 = self.profile.dtype == "float32" and gemm.supported()
+        is_f32, has_avx512 = self.profile.dtype == "float32", gemm.supported()
 
-        def multiply(x_MD: np.ndarray, w: Any) -> np.ndarray:
-            if has_bf16 and isinstance(w.stored, np.ndarray):
-                return gemm_bf16.products(x_MD, [w.stored], pool)[0]
-            if has_avx512 and len(x_MD) >= gemm.FEWEST and gemm.takes(w):
-                return gemm.products(round_bf16(x_MD) if rounded else x_MD, [w], pool)[0]
-            return blas(x_MD, w)
+        def multiply(x_MD: np.ndarray, weights: Sequence[Any]) -> list[np.ndarray]:
+            if has_bf16 and all(isinstance(w.stored, np.ndarray) for w in weights):
+                return gemm_bf16.products(x_MD, [w.stored for w in weights], pool)
+            ours = gemv if len(x_MD) < gemm.FEWEST else gemm if has_avx512 else None
+            if is_f32 and ours and all(map(gemm.takes, weights)):
+                return ours.products(round_bf16(x_MD) if rounded else x_MD, weights, pool)
+            return blas(x_MD, weights)
 
         return multiply
 
@@ -188,13 +188,6 @@ class Room:
 
 def _share(kept: Any, model: np.ndarray, step: np.ndarray, worker: int) -> None:
     run(worker, model, step)
-
-
-def aligned(rows: int, columns: int) -> np.ndarray:
-    """A float32 matrix that begins where a cache line does: reading it is up to a third faster."""
-    raw = np.empty(rows * columns + 16, np.float32)
-    skipped = -address(raw) % 64 // 4
-    return raw[skipped : skipped + rows * columns].reshape(rows, columns)
 
 
 class Angles:

@@ -8,11 +8,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba.extending
 from llvmlite import ir
 from numba import types
-
-intrinsic: Any = numba.extending.intrinsic  # its annotations hide what the decorated one takes
+from numba.extending import intrinsic
 
 # e^r = 1 + r + r^2 (C[0] + C[1] r + ... + C[4] r^4) for |r| <= ln(2) / 2, to 2^-28: a fit of the
 # least largest relative error, so that its terms are near 1/2!, 1/3!, ... but not these.

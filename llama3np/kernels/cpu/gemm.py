@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,14 +37,11 @@ from llama3np.kernels.cpu.panels import (
     transpose,
 )
 from llama3np.kernels.cpu.shared import address
-from llama3np.kernels.ggml import FORMATS
+from llama3np.kernels.ggml import FORMATS, NAMES
 from llama3np.threads import Pool
 
-# Rows of x from which on this is faster than BLAS on widened tiles, though a panel has 32. A single
-# one is the product of a matrix and a vector, before which BLAS lays nothing out.
+# Rows of x from which on this is faster than others, though a panel has 32; see gemv.py for one.
 FEWEST = 2
-
-_FORMATS = {form.number: form for form in FORMATS.values()}
 
 
 def supported() -> bool:
@@ -74,15 +71,25 @@ def products(x_MK: np.ndarray, weights: Sequence[Any], pool: Pool) -> list[np.nd
     """
     x_MK = np.require(x_MK, np.float32, ["C", "W"])  # one type of array, compiled once
     y = [np.empty((len(x_MK), w.shape[0]), np.float32) for w in weights]
-    operands = []
-    for w, y_MO in zip(weights, y, strict=True):
-        operands += _operands(w, x_MK.shape[1], y_MO)
+    operands = [_operand(*part, x_MK.shape[1]) for part in parts_of_all(weights, x_MK.shape[1], y)]
     multiply(pack(x_MK, x_MK.shape[1], _pack_panel, pool), operands, pool)
     return y
 
 
-def _operands(w: Any, K: int, y_MO: np.ndarray) -> list[Operand]:
-    """The parts of a weight, each with the columns of y that are its own."""
+class Part(NamedTuple):
+    """Rows of a weight in one piece, and the columns of y that are their own."""
+
+    code: int
+    stored: np.ndarray
+    y_MO: np.ndarray
+
+
+def parts_of_all(weights: Sequence[Any], K: int, y: Sequence[np.ndarray]) -> list[Part]:
+    """Each weight in its pieces. Raises ValueError for one that `takes` does not, or not K wide."""
+    return [part for each in zip(weights, y, strict=True) for part in _parts(*each, K)]
+
+
+def _parts(w: Any, y_MO: np.ndarray, K: int) -> list[Part]:
     found = _rows_of(w)
     if found is None or w.shape[1] != K:
         expected = f"expected a weight of {K} columns, in whole rows"
@@ -90,11 +97,11 @@ def _operands(w: Any, K: int, y_MO: np.ndarray) -> list[Operand]:
     code, parts = found
     ends = np.cumsum([0, *map(len, parts)])
     columns = [y_MO[:, start:end] for start, end in pairwise(ends)]
-    return [_operand(code, part, K, y) for part, y in zip(parts, columns, strict=True)]
+    return [Part(code, part, y) for part, y in zip(parts, columns, strict=True)]
 
 
-def _operand(code: int, stored: np.ndarray, K: int, y_MO: np.ndarray) -> Operand:
-    form, row_bytes = _FORMATS[code], stored.strides[0]
+def _operand(code: int, stored: np.ndarray, y_MO: np.ndarray, K: int) -> Operand:
+    form, row_bytes = FORMATS[NAMES[code]], stored.strides[0]
 
     def fill(sums: np.ndarray, o: int, rows: int, x: int, panels: int) -> None:
         w = address(stored) + o * row_bytes

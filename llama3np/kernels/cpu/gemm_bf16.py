@@ -24,6 +24,7 @@ import numpy as np
 from numba.core import cgutils
 
 from llama3np.kernels.cpu import ir
+from llama3np.kernels.cpu.attend import BF16, store_row
 from llama3np.kernels.cpu.compiler import jit
 from llama3np.kernels.cpu.ir import Builder, V, Value, vector
 from llama3np.kernels.cpu.panels import (
@@ -56,7 +57,7 @@ def products(x_MK: np.ndarray, weights: Sequence[np.ndarray], pool: Pool) -> lis
     x_MK = np.require(x_MK, np.float32, ["C", "W"])  # one type of array, compiled once
     operands = [_operand(x_MK, w_OK) for w_OK in weights]
     # In pairs (x[m, 2j], x[m, 2j + 1]); an odd last column makes pairs with zeros.
-    packed = pack(x_MK.view(np.uint32), (x_MK.shape[1] + 1) // 2, _pack_panel, pool)
+    packed = pack(x_MK, (x_MK.shape[1] + 1) // 2, _pack_panel, pool)
     multiply(packed, operands, pool)
     return [operand.y_MO for operand in operands]
 
@@ -83,29 +84,18 @@ def _operand(x_MK: np.ndarray, w_OK: np.ndarray) -> Operand:
 
 
 @jit
-def _pack_panel(bits_MK, m, block, p, panels):
-    """Lay rows m, m + 1, ... out as panel p of this block; bits_MK is float32 as uint32."""
-    M, K = bits_MK.shape
+def _pack_panel(x_MK, m, block, p, panels):
+    """Lay rows m, m + 1, ..., rounded, out as panel p of this block."""
+    M, K = x_MK.shape
     rounded = np.zeros((PANEL, 2 * PIECE), np.uint16)
     for start in range(0, K, 2 * PIECE):
         count = min(K - start, 2 * PIECE)
         for i in range(min(M - m, PANEL)):
-            row = bits_MK[m + i, start : start + count]
-            for k in range(count):
-                rounded[i, k] = _rounded(row[k])
+            store_row(x_MK[m + i, start:].ctypes.data, rounded[i].ctypes.data, count, BF16)
         rounded[:, count:] = 0
         pairs = (count + 1) // 2
         to = block + (start // 2 * panels + p * pairs) * PANEL * 4
         transpose(to, PANEL * 4, rounded.ctypes.data, PIECE * 4, PANEL, pairs)
-
-
-@jit
-def _rounded(bits):
-    """The upper half of a float32 rounded to nearest even; a nan stays one."""
-    if bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
-        return np.uint16(0x7FC0)
-    even = bits >> np.uint32(16) & np.uint32(1)
-    return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + even) >> np.uint32(16))
 
 
 @jit

@@ -12,12 +12,9 @@ from typing import Any
 
 import llvmlite.binding
 import numba.core.config
-import numba.extending
 from llvmlite import ir
 from numba.core import cgutils
 
-intrinsic: Any = numba.extending.intrinsic  # its own type is that of the undecorated function
-_SETTINGS: Any = numba.core.config
 Value = Any  # of LLVM: a register, so to speak
 Builder = Any
 
@@ -37,7 +34,7 @@ def vector(element: Any, lanes: int = V) -> Any:
 
 def host_has(feature: str) -> bool:
     """Whether numba compiles for processors with this feature, in LLVM's spelling."""
-    chosen = _SETTINGS.CPU_FEATURES  # set by NUMBA_CPU_FEATURES or NUMBA_CPU_NAME=generic
+    chosen = numba.core.config.CPU_FEATURES  # set by NUMBA_CPU_FEATURES or NUMBA_CPU_NAME=generic
     features = llvmlite.binding.get_host_cpu_features().flatten() if chosen is None else chosen
     return f"+{feature}" in features.split(",")
 

@@ -10,7 +10,7 @@ from llama3np.config import Config
 from llama3np.kernels.blocks import Blocks
 from llama3np.kernels.cpu.shared import address
 from llama3np.kernels.cpu.step import MATRIX, MODEL, TILE
-from llama3np.kernels.ggml import FORMATS
+from llama3np.kernels.ggml import FORMATS, NAMES
 from llama3np.kernels.half import Half
 from llama3np.kernels.joined import Joined
 from llama3np.numerics import Profile
@@ -21,7 +21,6 @@ from llama3np.params import Params
 UNIT_BYTES, UNITS = 256 << 10, 16
 
 PLAIN = {form.dtype: form.number for form in FORMATS.values() if form.dtype is not None}
-_WEIGHTS = {form.number: form.weights for form in FORMATS.values()}
 _MATRICES = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 
 
@@ -45,12 +44,11 @@ def described(params: Params, config: Config, profile: Profile, threads: int) ->
         if profile.dtype != "float32" or (found := parts_of(w)) is None:
             return None
         code, arrays, axis = found
-        row_bytes = arrays[0].strides[0]
         matrix["code"], (matrix["n_out"], matrix["n_in"]) = code, w.shape
-        matrix["weights"] = _WEIGHTS[code]
-        matrix["row_bytes"], matrix["parts"], matrix["axis"] = row_bytes, len(arrays), axis
-        matrix["part_bytes"] = arrays[0].shape[1] * arrays[0].itemsize
-        matrix["first_part"], matrix["unit"] = len(parts), _unit(row_bytes, w.shape[0], threads)
+        matrix["weights"] = FORMATS[NAMES[code]].weights
+        matrix["row_bytes"], matrix["part_bytes"] = arrays[0].strides[0], arrays[0][0].nbytes
+        matrix["parts"], matrix["axis"], matrix["first_part"] = len(arrays), axis, len(parts)
+        matrix["unit"] = _unit(w.nbytes // w.shape[0], w.shape[0], threads)
         parts += [address(array) for array in arrays]
     parts_P = np.array(parts, np.int64)
     norms = {
@@ -83,15 +81,15 @@ def stacked(params: Params, name: str) -> np.ndarray:
 def parts_of(w: Any) -> tuple[int, tuple[np.ndarray, ...], int] | None:
     """(ggml's number of the format, the arrays, the axis along which they are joined).
 
-    None for what compiled code cannot read: rows that overlap or run backwards, or have gaps.
+    None for what compiled code cannot read: rows with gaps in them. Where the next row is does not
+    matter: beyond a gap, before this one, or here.
     """
     w = w.stored if isinstance(w, Half) else w
     stored = w.stored if isinstance(w, Blocks) else w
     arrays, axis = (w.parts, w.axis) if isinstance(w, Joined) else ((stored,), 0)
     first = arrays[0]
-    whole_rows = first.strides[1] == first.itemsize
-    apart = first.strides[0] >= first.shape[1] * first.itemsize
-    if not (whole_rows and apart) or any(array.strides != first.strides for array in arrays):
+    whole_rows = first.shape[1] == 1 or first.strides[1] == first.itemsize
+    if not whole_rows or any(array.strides != first.strides for array in arrays):
         return None
     code = FORMATS[w.type].number if isinstance(w, Blocks) else PLAIN.get(w.dtype)
     return None if code is None else (code, arrays, axis)

@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numba import types
+from numba.extending import intrinsic
 
 from llama3np.kernels.cpu import ir
 from llama3np.kernels.cpu.compiler import jit
-from llama3np.kernels.cpu.ir import Builder, V, Value, const, f32, i32, intrinsic, vector
-from llama3np.kernels.cpu.shared import address
+from llama3np.kernels.cpu.ir import Builder, V, Value, const, f32, i32, vector
+from llama3np.kernels.cpu.shared import address, aligned
 from llama3np.threads import Pool
 
 ADDRESS = types.intp
@@ -83,17 +84,10 @@ _kept = threading.local()
 def _room(words: int) -> np.ndarray:
     """Aligned memory of this thread, whatever is in it: new memory is slow to touch first."""
     if words > KEPT:
-        return aligned(words)
+        return aligned(words, dtype=np.uint32)
     if getattr(_kept, "words", None) is None or len(_kept.words) < words:
-        _kept.words = aligned(words)
+        _kept.words = aligned(words, dtype=np.uint32)
     return _kept.words[:words]
-
-
-def aligned(words: int) -> np.ndarray:
-    """Memory that begins where a cache line does: a vector that lies across two costs double."""
-    raw = np.empty(words + V, np.uint32)
-    skipped = -address(raw) % (4 * V) // 4
-    return raw[skipped : skipped + words]
 
 
 # ---- tasks ------------------------------------------------------------------------------------
@@ -119,7 +113,7 @@ def multiply(packed: Packed, operands: Sequence[Operand], pool: Pool) -> None:
         for o, rows in _stripes(operand.y_MO.shape[1], pool.threads)
         for panel in panels  # of one stripe in turn: its rows of w are still in a cache
     ]
-    scratch = [aligned(STRIPE * BLOCK * PANEL).view(np.float32) for _ in range(pool.threads)]
+    scratch = [aligned(STRIPE * BLOCK * PANEL) for _ in range(pool.threads)]
 
     def task(i: int, worker: int) -> None:
         _multiply(packed, *tasks[i], scratch[worker])

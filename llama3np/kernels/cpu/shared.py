@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 from typing import Any
@@ -22,6 +23,17 @@ LINE = 8  # int64 numbers in a cache line: counters in one line would slow each 
 def address(array: np.ndarray) -> int:
     """Where an array's first number lies."""
     return array.__array_interface__["data"][0]
+
+
+def aligned(*shape: int, dtype: Any = np.float32) -> np.ndarray:
+    """An array, not filled, that begins where a cache line does.
+
+    A vector that lies across two lines costs double; reading is up to a third faster without.
+    """
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(nbytes + 8 * LINE, np.uint8)
+    skipped = -address(raw) % (8 * LINE)
+    return raw[skipped : skipped + nbytes].view(dtype).reshape(shape)
 
 
 @intrinsic
@@ -178,6 +190,16 @@ def take_unit(counters, worker, workers, units):
 def finish_unit(counters):
     """Count a unit as done, and all that was written for it."""
     take(counters)
+
+
+@jit
+def each_unit(counters, worker, workers, units):
+    """The units of a phase for this worker, one after the other; each is done when it returns."""
+    unit = take_unit(counters, worker, workers, units)
+    while unit < units:
+        yield unit
+        finish_unit(counters)
+        unit = take_unit(counters, worker, workers, units)
 
 
 @jit

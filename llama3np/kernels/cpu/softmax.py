@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.extending import intrinsic
 
 from llama3np.kernels.cpu.compiler import jit
-from llama3np.kernels.cpu.exp import exp_f32, intrinsic
+from llama3np.kernels.cpu.exp import exp_f32
 
 
 @intrinsic

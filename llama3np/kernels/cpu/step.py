@@ -30,11 +30,10 @@ from llama3np.kernels.cpu.dots import row_dot, widen_row
 from llama3np.kernels.cpu.shared import (
     all_done,
     copy_bytes,
-    finish_unit,
+    each_unit,
     floats,
     integers,
     records,
-    take_unit,
     ticks,
     wait_for,
 )
@@ -43,7 +42,6 @@ from llama3np.kernels.cpu.tokens import gate_row, norm_row, round_row
 
 PHASES = 5  # of a layer; the logits are one more
 TILE = 4  # rows that are widened and multiplied together when there are several tokens
-SPARE = SCRATCH  # floats that attention needs of a worker's own room
 
 # ---- what a step is told: sizes, and addresses of arrays without gaps ----------------------------
 
@@ -142,11 +140,8 @@ def _heads(worker, model, step, layer, phase):
     counters, units = _counters(step, phase), model.n_heads + 2 * model.n_kv_heads
     if not all_done(counters, units):
         _norm(worker, model, step, model.attn_norm_LD + 4 * model.dim * layer)
-        unit = take_unit(counters, worker, step.workers, units)
-        while unit < units:
+        for unit in each_unit(counters, worker, step.workers, units):
             _head(worker, model, step, layer, unit)
-            finish_unit(counters)
-            unit = take_unit(counters, worker, step.workers, units)
     _end(worker, step, phase, units)
 
 
@@ -183,11 +178,8 @@ def _row_in_cache(model, step, m, head):
 def _attention(worker, model, step, layer, phase):
     K, X = model.n_kv_heads, step.stretches
     counters, units = _counters(step, phase), step.tokens * K * X
-    unit = take_unit(counters, worker, step.workers, units)
-    while unit < units:
+    for unit in each_unit(counters, worker, step.workers, units):
         _stretch(worker, model, step, layer, unit // (K * X), unit // X % K, unit % X)
-        finish_unit(counters)
-        unit = take_unit(counters, worker, step.workers, units)
     _end(worker, step, phase, units)
 
 
@@ -242,11 +234,8 @@ def _gated(worker, model, step, layer, phase):
     units = _units(w)
     if not all_done(counters, units):
         _norm(worker, model, step, model.mlp_norm_LD + 4 * model.dim * layer)
-        unit = take_unit(counters, worker, step.workers, units)
-        while unit < units:
+        for unit in each_unit(counters, worker, step.workers, units):
             _gate_up(worker, model, step, layer, unit)
-            finish_unit(counters)
-            unit = take_unit(counters, worker, step.workers, units)
     _end(worker, step, phase, units)
 
 
@@ -278,8 +267,7 @@ def _down(worker, model, step, layer, phase):
 def _add_product(worker, model, step, w, counters, units, x):
     """The residual: h += w x, unit by unit."""
     y = _products(worker, step)
-    unit = take_unit(counters, worker, step.workers, units)
-    while unit < units:
+    for unit in each_unit(counters, worker, step.workers, units):
         first, count = _rows(w, unit)
         _multiply(worker, model, step, w, first, count, x, step.tokens, y)
         for m in range(step.tokens):
@@ -287,8 +275,6 @@ def _add_product(worker, model, step, w, counters, units, x):
             y_C = floats(y + step.y_stride * m, count)
             for i in range(count):
                 h_C[i] += y_C[i]
-        finish_unit(counters)
-        unit = take_unit(counters, worker, step.workers, units)
 
 
 @jit
@@ -299,15 +285,12 @@ def _logits(worker, model, step, phase):
         for i in range(step.wanted):
             h = step.h_MD + 4 * model.dim * integers(step.wanted_W, step.wanted)[i]
             _norm_one(model, h, model.norm_D, x + 4 * model.dim * i)
-        unit = take_unit(counters, worker, step.workers, units)
-        while unit < units:
+        for unit in each_unit(counters, worker, step.workers, units):
             first, count = _rows(w, unit)
             _multiply(worker, model, step, w, first, count, x, step.wanted, y)
             for i in range(step.wanted):
                 row = step.logits_WV + 4 * (model.vocab_size * i + first)
                 copy_bytes(y + step.y_stride * i, row, 4 * count)
-            finish_unit(counters)
-            unit = take_unit(counters, worker, step.workers, units)
     _end(worker, step, phase, units)
 
 
@@ -320,7 +303,7 @@ def own_floats(model: np.void, matrices: np.ndarray, tokens: int) -> tuple[int, 
     x is the longest of what is multiplied; attention, which comes before it, uses the same room.
     y is two units of rows, or a head. After it come TILE widened rows, and one put together.
     """
-    x = tokens * max(int(model["dim"]), int(model["n_heads"] * model["head_dim"]), SPARE)
+    x = max(tokens * max(int(model["dim"]), int(model["n_heads"] * model["head_dim"])), SCRATCH)
     stride = 2 * max(int(matrices["unit"].max()), int(model["head_dim"]))
     rows = (TILE + 1) * int(matrices["n_in"].max())
     x, stride, rows = (-(-size // 16) * 16 for size in (x, stride, rows))  # whole cache lines

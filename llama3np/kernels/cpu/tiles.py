@@ -12,11 +12,12 @@ from functools import partial
 from typing import Any
 
 from numba import types
+from numba.extending import intrinsic
 
 from llama3np.kernels.cpu import ir
 from llama3np.kernels.cpu.compiler import jit
 from llama3np.kernels.cpu.dots import PLAIN, Plain
-from llama3np.kernels.cpu.ir import Builder, V, Value, const, f32, intrinsic
+from llama3np.kernels.cpu.ir import Builder, V, Value, const, f32
 from llama3np.kernels.ggml import FORMATS
 
 ADDRESS = types.intp

@@ -1,7 +1,8 @@
-"""The operations on single tokens, compiled: what kernels/tokens.py applies to stretches."""
+"""The operations on single tokens, compiled: as in model.py, on float32."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from llama3np.kernels.cpu.attend import turn_row
 from llama3np.kernels.cpu.compiler import jit
 from llama3np.kernels.cpu.exp import exp_f32
 from llama3np.kernels.cpu.shared import address, floats, words
+from llama3np.threads import Pool
 
 
 @jit
@@ -58,27 +60,54 @@ def _turn_rows(x, cos, sin, tokens, heads, H, interleaved):
             turn_row(x + 4 * H * (t * heads + n), cos + angle, sin + angle, H, interleaved)
 
 
-def rms_norm(x_BTD: np.ndarray, w_D: np.ndarray, eps: float) -> np.ndarray:
+# ---- of many tokens, over a pool ---------------------------------------------------------------
+
+ENOUGH = 2**20  # numbers of which each thread's share takes longer than to wake it
+
+
+def _share(pool: Pool, rows: int, columns: int, work: Callable[[int, int], None]) -> None:
+    """Call work(first, rows) for parts of this many rows, one for each thread if it pays."""
+    parts = pool.threads if rows * columns > ENOUGH else 1
+    ends = [rows * i // parts for i in range(parts + 1)]
+    pool.map(lambda i, _: work(ends[i], ends[i + 1] - ends[i]), parts)
+
+
+def rms_norm(x_BTD: np.ndarray, w_D: np.ndarray, eps: float, *, pool: Pool) -> np.ndarray:
     """model.rms_norm of float32 in any number of dimensions."""
     x_BTD, y_BTD, D = np.ascontiguousarray(x_BTD), np.empty(x_BTD.shape, np.float32), len(w_D)
     w_D = np.ascontiguousarray(w_D, np.float32)  # a vector of 16 bits is widened, as in the spec
-    where = address(x_BTD), address(w_D), np.float32(eps), address(y_BTD)
-    _norm_rows(*where, x_BTD.size // D, D)
+    x, w, y = map(address, (x_BTD, w_D, y_BTD))
+
+    def work(first: int, rows: int) -> None:
+        _norm_rows(x + 4 * D * first, w, np.float32(eps), y + 4 * D * first, rows, D)
+
+    _share(pool, x_BTD.size // D, D, work)
     return y_BTD
 
 
-def rope(x_BTNH: np.ndarray, cos_BTP: Any, sin_BTP: Any, pairing: str) -> np.ndarray:
+def rope(x_BTNH: np.ndarray, cos_BTP: Any, sin_BTP: Any, pairing: str, *, pool: Pool) -> np.ndarray:
     """model.rope of float32."""
     y_BTNH, (B, T, N, H) = x_BTNH.copy(), x_BTNH.shape
     cos_BTP, sin_BTP = np.ascontiguousarray(cos_BTP), np.ascontiguousarray(sin_BTP)
-    whole = address(y_BTNH), address(cos_BTP), address(sin_BTP)
-    _turn_rows(*whole, B * T, N, H, pairing == "interleaved")
+    y, cos, sin = map(address, (y_BTNH, cos_BTP, sin_BTP))
+
+    def work(first: int, tokens: int) -> None:
+        angle, head = 2 * H * first, 4 * H * N * first  # H / 2 numbers of a token, and H * N
+        _turn_rows(y + head, cos + angle, sin + angle, tokens, N, H, pairing == "interleaved")
+
+    _share(pool, B * T, N * H, work)
     return y_BTNH
 
 
-def swiglu(gate_MF: np.ndarray, up_MF: np.ndarray) -> np.ndarray:
+def swiglu(gate_BTF: np.ndarray, up_BTF: np.ndarray, *, pool: Pool) -> np.ndarray:
     """model.swiglu of float32 in any number of dimensions."""
-    gate_MF, up_MF = np.ascontiguousarray(gate_MF), np.ascontiguousarray(up_MF)
-    act_MF = np.empty_like(gate_MF)
-    gate_row(address(gate_MF), address(up_MF), address(act_MF), act_MF.size)
-    return act_MF
+    gate_BTF, up_BTF, F = *map(np.ascontiguousarray, (gate_BTF, up_BTF)), gate_BTF.shape[-1]
+    act_BTF = np.empty_like(gate_BTF)
+    gate, up, act = map(address, (gate_BTF, up_BTF, act_BTF))
+
+    def work(first: int, rows: int) -> None:
+        start = 4 * F * first
+        gate_row(gate + start, up + start, act + start, rows * F)
+
+    _share(pool, act_BTF.size // F, F, work)
+    return act_BTF

@@ -17,10 +17,9 @@ from llama3np.cost import TILE
 from llama3np.errors import InputError
 from llama3np.kernels.cuda import gemm, plain, registry
 from llama3np.kernels.cuda.launch import Strided, launch
-from llama3np.kernels.cuda.plain import CupyEngine, out_of_memory
+from llama3np.kernels.cuda.plain import CupyEngine, linear, out_of_memory
 from llama3np.kernels.cuda.step import MOST_ROWS, RECORDS, Model, Step
 from llama3np.kernels.cuda.weights import DeviceBlocks, rows_of
-from llama3np.kernels.engine import linear
 from llama3np.numerics import Profile
 from llama3np.params import Params
 

@@ -23,7 +23,7 @@ class Strided(NamedTuple):
 
 
 @cache
-def _compiled(kernel: Kernel) -> Any:
+def compiled(kernel: Kernel) -> Any:
     return cp.RawKernel(kernel.source, kernel.entry, kernel.options)
 
 
@@ -41,7 +41,7 @@ def launch(kernel: Kernel, grid: tuple[int, ...], threads: int, **arguments: Any
         _array(kernel, p, arguments[p.name]) if p.array else _number(kernel, p, arguments[p.name])
         for p in kernel.parameters
     )
-    _compiled(kernel)(grid, (threads,), values)
+    compiled(kernel)(grid, (threads,), values)
 
 
 def _number(kernel: Kernel, parameter: Parameter, value: Any) -> np.generic:

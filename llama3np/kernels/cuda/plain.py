@@ -7,6 +7,7 @@ of queries at a time, where the spec's would hold the scores of all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,14 +15,12 @@ import cupy
 import ml_dtypes
 import numpy as np
 
-from llama3np import model
+from llama3np import cost, model
 from llama3np.backend import Device, on, to_host
 from llama3np.cache import Cache
 from llama3np.config import Config
-from llama3np.cost import SCORES, TILE
 from llama3np.errors import InputError
 from llama3np.kernels.cuda import gemm
-from llama3np.kernels.engine import linear
 from llama3np.numerics import Profile
 from llama3np.params import Params
 
@@ -75,21 +74,29 @@ def out_of_memory(device: Device, error: Exception) -> InputError:
 # ---- products ------------------------------------------------------------------------------------
 
 
+def linear(x_BTD: Any, w: Any, *, multiply: Callable[[Any, Any], Any]) -> Any:
+    """model.linear by another product of a weight and vectors."""
+    y_MO = multiply(x_BTD.reshape(-1, x_BTD.shape[-1]), w)
+    return y_MO.reshape(*x_BTD.shape[:-1], w.shape[0])
+
+
 def product(x_MK: Any, w: Any, rounded: bool = False) -> Any:
     """x_MK @ w.T as (M, N) in the type of x: weights exact, sums in that type.
+
+    w: an array, or weights.DeviceBlocks, whose rows a kernel of ours widens.
 
     rounded: activations to bfloat16, for a bfloat16 weight, which then enters as it is stored.
     """
     if rounded:
         return gemm.product(x_MK.astype(ml_dtypes.bfloat16), w)
-    if w.dtype == x_MK.dtype:
+    if isinstance(w, cupy.ndarray) and w.dtype == x_MK.dtype:
         return gemm.product(x_MK, w)
     n_out, n_in = w.shape
-    step = max(1, TILE // n_in)
+    step = max(1, cost.TILE // n_in)
     y_MN = cupy.empty((len(x_MK), n_out), x_MK.dtype)
     for start in range(0, n_out, step):
         stop = min(start + step, n_out)
-        gemm.multiply(x_MK, w[start:stop].astype(x_MK.dtype), y_MN[:, start:stop])
+        gemm.multiply(x_MK, w[start:stop].astype(x_MK.dtype, copy=False), y_MN[:, start:stop])
     return y_MN
 
 
@@ -102,11 +109,11 @@ def attention(
     """model.attention by blocks of queries, each against the keys that it may see.
 
     longest: the most tokens that a row of the cache held before this call. At no time are there
-    more than SCORES scores of one kind, or those of one query of one row.
+    more than cost.SCORES scores of one kind, or those of one query of one row.
     """
     (B, T, N, _), S = q_BTNH.shape, k_BKSH.shape[2]
-    rows = max(1, min(B, SCORES // (N * S)))
-    queries = max(1, min(T, SCORES // (rows * N * S)))
+    rows = max(1, min(B, cost.SCORES // (N * S)))
+    queries = max(1, min(T, cost.SCORES // (rows * N * S)))
     if rows >= B and queries >= T:
         return model.attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, see)
     attn_BTNH = cupy.empty_like(q_BTNH)

@@ -90,10 +90,16 @@ class _Buffer:
 
 def pieces(source: Any) -> Iterator[np.ndarray]:
     """The numbers of a source in C order, as flat arrays: a mapped array in one piece, uncopied."""
+    for chunk in _chunks(source):
+        yield np.ascontiguousarray(chunk).reshape(-1)
+
+
+def _chunks(source: Any) -> Iterator[np.ndarray]:
     if isinstance(source, Joined):
         rows = max(1, ROWS // (source.shape[1] * source.dtype.itemsize))
-        chunks = (source[i : i + rows] for i in range(0, source.shape[0], rows))
+        for start in range(0, source.shape[0], rows):
+            yield source[start : start + rows]
+    elif isinstance(source, Lazy):
+        yield from source.chunks()
     else:
-        chunks = source.chunks() if isinstance(source, Lazy) else iter((source,))
-    for chunk in chunks:
-        yield np.ascontiguousarray(chunk).reshape(-1)
+        yield source

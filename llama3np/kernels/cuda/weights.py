@@ -7,7 +7,7 @@ numbers of all blocks, then what scales them (formats.cu says where each of them
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cupy as cp
@@ -93,6 +93,18 @@ def repack(type_name: str, stored_NC: np.ndarray) -> np.ndarray:
         if (type_name, start) == ("Q6_K", 0):
             section_RC[...] = _beside(section_RC, 2, 4)
     return packed
+
+
+def pieces(type_name: str, stored_NC: np.ndarray, weights: int = 1 << 22) -> Iterator[np.ndarray]:
+    """The bytes of `repack` in order, some million weights at a time: never all of them twice."""
+    form = FORMATS[type_name]
+    blocks = stored_NC.shape[1] // form.nbytes  # of a row
+    rows = max(1, weights // max(1, blocks * form.weights))
+    for start, stop in SECTIONS.get(type_name, ((0, form.nbytes),)):
+        for i in range(0, len(stored_NC), rows):
+            blocks_RC = stored_NC[i : i + rows].reshape(-1, form.nbytes)
+            section_RC = np.ascontiguousarray(blocks_RC[:, start:stop])
+            yield _beside(section_RC, 2, 4) if (type_name, start) == ("Q6_K", 0) else section_RC
 
 
 def unpack(type_name: str, packed: np.ndarray, n_rows: int) -> np.ndarray:
