@@ -7,6 +7,7 @@ are there to notice it, in a process of its own. Prints every mutant's fate; exi
 survives, or if the tests fail without any edit. As a plugin of pytest (-p mutants_cuda) this file
 makes the edit that LLAMA3NP_MUTANT names.
 """
+# ruff: noqa: E501  a mutant is a line, however long
 
 import os
 import subprocess

@@ -1,7 +1,7 @@
 """The real compiler takes every kernel for every architecture, and finds registers for it.
 
-NVRTC needs no GPU. Asked for it, ptxas logs what a thread takes: registers, and bytes of local memory
-on the stack or for what did not fit (spills), which are as slow as any other memory.
+NVRTC needs no GPU. Asked for it, ptxas logs what a thread takes: registers, and bytes of local
+memory on the stack or for what did not fit (spills), which are as slow as any other memory.
 """
 
 import os
@@ -82,7 +82,9 @@ def test_heavy_kernels_compile_without_spills(architecture):
         check(kernels, architecture)
 
 
-@pytest.mark.skipif(not os.environ.get("LLAMA3NP_GATE"), reason="make test-cuda compiles all kernels")
+@pytest.mark.skipif(
+    not os.environ.get("LLAMA3NP_GATE"), reason="make test-cuda compiles all kernels"
+)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.timeout(3000)
 def test_every_kernel_compiles_without_spills(architecture):
