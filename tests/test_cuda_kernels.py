@@ -1,4 +1,4 @@
-"""Every CUDA kernel against its plain expression in float64, over the shapes where kernels break."""
+"""Every CUDA kernel against its plain expression in float64, over shapes where kernels break."""
 
 from math import sqrt
 
@@ -23,13 +23,21 @@ from llama3np.kernels.cuda.launch import launch  # noqa: E402
 from llama3np.kernels.cuda.registry import BATCHES, CACHED, FORMATS, STRETCH  # noqa: E402
 from llama3np.kernels.cuda.step import pitch_of, whole  # noqa: E402
 from llama3np.kernels.cuda.weights import (  # noqa: E402
-    DeviceBlocks, aligned, format_of, repack, rows_of, stored, taken, unpack, upload,
+    DeviceBlocks,
+    aligned,
+    format_of,
+    repack,
+    rows_of,
+    stored,
+    taken,
+    unpack,
+    upload,
 )  # fmt: skip
 
 pytestmark = [pytest.mark.cuda, pytest.mark.gpu]
 
 QUANTISED = FORMATS[3:]
-# To compile a product takes seconds: two formats are tried with every batch, others with one of them.
+# To compile a product takes seconds: two formats are tried with every batch, others with one.
 WITH_BATCH = [
     (format, batch)
     for i, format in enumerate(FORMATS)
@@ -130,7 +138,9 @@ def test_rows_on_the_device_have_the_bits_of_ggml(format, data, seed):
     with strict():
         on_device = upload(w)
         assert format_of(on_device) == format
-        assert on_device.nbytes == (w.nbytes if format in QUANTISED else w_NK.astype(w.dtype).nbytes)
+        assert on_device.nbytes == (
+            w.nbytes if format in QUANTISED else w_NK.astype(w.dtype).nbytes
+        )
         assert_same(rows_of(on_device, start, stop).get(), w_NK[start:stop], "rows")
         assert_same(taken(on_device, cp.asarray(ids[0])).get(), w_NK[ids[0]], "taken")
         if isinstance(on_device, DeviceBlocks):
@@ -141,7 +151,9 @@ def test_rows_on_the_device_have_the_bits_of_ggml(format, data, seed):
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_every_16_bit_number_is_widened_exactly(dtype):
     bits = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
-    if dtype == ml_dtypes.bfloat16:  # its subnormals are float32's, which the kernels' compiler flushes
+    if (
+        dtype == ml_dtypes.bfloat16
+    ):  # its subnormals are float32's, which the kernels' compiler flushes
         bits = np.where((bits & 0x7F80) == 0, bits & 0x8000, bits).astype(np.uint16)
     found = rows_of(upload(bits.view(dtype)), 0, 256).get()
     np.testing.assert_array_equal(found, bits.view(dtype).astype(np.float32))
@@ -218,7 +230,11 @@ def test_project_is_a_product_with_the_normed_vectors(kind, data, seed, eps):
         for j in range(3):
             used = j < len(sizes)
             w = stored(on_device[j if used else 0])
-            parts |= {f"w{j}": w, f"N{j}": sizes[j] if used else 0, f"y{j}": starts[j] if used else 0}
+            parts |= {
+                f"w{j}": w,
+                f"N{j}": sizes[j] if used else 0,
+                f"y{j}": starts[j] if used else 0,
+            }
         blocks = sum(-(-n // registry.block_rows(kernel)) for n in sizes)
         arguments = normed_arguments(x_MK, M, norm_K, eps, parts=data.draw(st.integers(1, 40)))
         launch(kernel, (blocks,), 256, **parts, **arguments, y=y, y_pitch=y.shape[1])
@@ -367,7 +383,7 @@ def test_embed_looks_rows_up_and_sums_their_squares(format, data, seed):
 
 @st.composite
 def caches(draw):
-    """(head size, group, K, slots, positions of the rows, dtype): lengths at the edges of stretches."""
+    """(head size, group, K, slots, positions of the rows, dtype), at the edges of stretches too."""
     head, group = draw(st.sampled_from(HEADS))
     edges = st.sampled_from([-1, 0, 1, STRETCH - 1, STRETCH, 2 * STRETCH, 2 * STRETCH + 5])
     positions = draw(st.lists(edges | st.integers(-1, 600), min_size=1, max_size=3))
@@ -389,16 +405,17 @@ def test_turn_is_rope_and_a_write_to_the_cache(cache, pairing, seed):
     cos_SP, sin_SP = np.cos(angles_SP), np.sin(angles_SP)
     old = numbers(rng, (2, M, K, slots, H), dtype)
     kernel = registry.attention_kernel("turn", H, G, dtype, pairing)
+    at = cp.asarray(np.array(positions, np.int32))
     with strict():
         turned, keys, values = device_rows(qkv, M), cp.asarray(old[0]), cp.asarray(old[1])
         launch(
             kernel, (N + 2 * K, M), 64, qkv=turned, pitch=turned.shape[1], N=N, K=K,
             cos_SP=cp.asarray(cos_SP), sin_SP=cp.asarray(sin_SP),
-            positions=cp.asarray(np.array(positions, np.int32)), keys=keys, values=values, slots=slots,
+            positions=at, keys=keys, values=values, slots=slots,
         )  # fmt: skip
     heads = qkv.reshape(M, 1, N + 2 * K, H)
-    at = np.maximum(positions, 0)
-    tables = cos_SP[at][:, None].astype(np.float64), sin_SP[at][:, None].astype(np.float64)
+    rows = np.maximum(positions, 0)
+    tables = (table[rows][:, None].astype(np.float64) for table in (cos_SP, sin_SP))
     expected = spec.rope(heads.astype(np.float64), *tables, pairing)[:, 0]
     live = np.array(positions) >= 0
     found = turned.get()[:, : N * H].reshape(M, N, H)
@@ -431,7 +448,9 @@ def test_numbers_are_rounded_to_the_cache_as_numpy_does(dtype):
     with np.errstate(all="ignore"):
         between = (halves[:-1].astype(np.float64) + halves[1:]) / 2
         numbers = np.concatenate([bits.view(np.float32), halves, between.astype(np.float32)])
-        numbers = numbers[~(np.abs(numbers) < 2.0**-126) | (numbers == 0)]  # flushed by the compiler
+        numbers = numbers[
+            ~(np.abs(numbers) < 2.0**-126) | (numbers == 0)
+        ]  # flushed by the compiler
         numbers = np.append(numbers, np.zeros(-numbers.size % 64, np.float32)).reshape(-1, 64)
         expected = numbers.astype(dtype)
     M = len(numbers)
@@ -565,7 +584,12 @@ def choose(logits_MV, parts, sched=0):
             "count": cp.ones(1, np.int32),
         }
         launch(
-            registry.token_kernel("pick"), (parts, M), 256, logits=cp.asarray(logits_MV), V=V, **best
+            registry.token_kernel("pick"),
+            (parts, M),
+            256,
+            logits=cp.asarray(logits_MV),
+            V=V,
+            **best,
         )
         settle = registry.token_kernel("settle")
         launch(settle, (1,), 32 * M, **best, **left, parts=parts, V=V, room=2)
@@ -626,5 +650,3 @@ def test_bits_do_not_depend_on_the_order_of_threads(cache, V, seed):
     for other in others:
         for name, array in other.items():
             assert_same(array, first[name], name)
-
-

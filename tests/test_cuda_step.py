@@ -1,4 +1,4 @@
-"""The engine "cuda" as a whole: against the oracle, in batches, as a graph, and what a step costs."""
+"""The engine "cuda" as a whole: against the oracle, in batches, as a graph, and what it costs."""
 
 import gc
 
@@ -157,7 +157,7 @@ def test_bf16_mm_rounds_activations_as_they_enter_a_product():
 
 
 def test_float64_goes_by_the_plain_operations():
-    params, wide = random_params(WIDE, ("F32",), seed=9)
+    _, wide = random_params(WIDE, ("F32",), seed=9)
     engine, cache = engine_of(wide, WIDE, "float64"), cache_of(WIDE, 1, dtype="float64")
     found = fed_one_by_one(engine, cache, [1, 2, 3])
     assert_close(found, spec_logits(wide, WIDE, [1, 2, 3]), 1e-12, "logits")
@@ -209,7 +209,7 @@ def test_what_is_wrong_is_said_before_anything_changes():
         engine.forward([[1], [70]], cache)
     with pytest.raises(InputError, match="expected 2 counts"):
         engine.forward([[1], [2]], cache, [1, 2])
-    with pytest.raises(InputError, match="of another|expected .layers"):
+    with pytest.raises(InputError, match=r"expected \(layers"):
         engine.forward([[1]], cache_of(Config(256, 2, 8, 4, 32, 512, 70), 1))
     assert cache.lengths_B.tolist() == [1, 4]
     assert engine.forward([[1], [2]], cache, [1, 0]).shape == (2, 1, 70)
@@ -379,10 +379,7 @@ def test_greedy_steps_are_a_graph_launch_each_and_one_copy_back_in_all(softcuda)
     ("formats", "a_layer"), [(("BF16",), 7), (AS_IN_Q4_K_M, 8)], ids=["one format", "as in Q4_K_M"]
 )
 def test_a_step_launch_by_launch_is_at_most_9_a_layer(softcuda, formats, a_layer):
-    engines = [
-        engine_of(random_params(c, formats, seed=20)[0], c)
-        for c in map(layered, (1, 3))
-    ]
+    engines = [engine_of(random_params(c, formats, seed=20)[0], c) for c in map(layered, (1, 3))]
     found = []
     for engine in engines:
         cache = cache_of(engine.config, 1)
@@ -398,17 +395,28 @@ def test_a_step_launch_by_launch_is_at_most_9_a_layer(softcuda, formats, a_layer
 
 def layered(n):
     c = WIDE
-    return Config(c.dim, n, c.n_heads, c.n_kv_heads, c.head_dim, c.ffn_dim, c.vocab_size, tied=False)
+    return Config(
+        c.dim, n, c.n_heads, c.n_kv_heads, c.head_dim, c.ffn_dim, c.vocab_size, tied=False
+    )
 
 
 # Wide enough that what passes between kernels is little beside the weights, as in a real model.
 REAL = Config(512, 2, 8, 2, 64, 1536, 2048, tied=False)
 
 
+def between_kernels(config, slots):
+    """Bytes of one row that one kernel of a step leaves for the next, and that one reads."""
+    c, heads = config, config.n_heads * config.head_dim
+    qkv, stretches = heads + 2 * c.n_kv_heads * c.head_dim, -(-slots // STRETCH)
+    # The residual stream is read by two norms and changed twice; see step.py for the others.
+    a_layer = 6 * c.dim + 2 * qkv + (4 + 2 * stretches) * heads + 2 * c.ffn_dim
+    return 4 * (2 * c.dim + c.n_layers * a_layer)
+
+
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("format", ["BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K"])
 def test_a_step_touches_little_but_weights_cache_and_logits(softcuda, format, rows):
-    """At most 1.03 times their bytes: a weight is read once however many rows there are."""
+    """At most 1.03 times their bytes for a row; for more, the weights are not read more often."""
     if softcuda.executor != "ptx":
         pytest.skip("the executor ptx counts bytes: SOFTCUDA_EXECUTOR=ptx")
     params, _ = random_params(REAL, (format,), seed=21)
@@ -423,9 +431,9 @@ def test_a_step_touches_little_but_weights_cache_and_logits(softcuda, format, ro
     tensors = named(engine.params, REAL.tied)
     weights = sum(w.nbytes for name, w in tensors.items() if name != "embed_VD")
     held = cache.nbytes * 402 // 512
-    logits = rows * REAL.vocab_size * 4
-    assert found <= 1.03 * (weights + held + logits)
-    assert found >= weights + held
+    needed = weights + held + rows * REAL.vocab_size * 4
+    passed_on = 0 if rows == 1 else rows * between_kernels(REAL, 402)
+    assert weights + held <= found <= 1.03 * (needed + passed_on)
 
 
 # ---- schedules -----------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from math import sqrt
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,21 +12,20 @@ import numpy as np
 from llama3np.backend import Device, host_ids, on
 from llama3np.cache import Cache
 from llama3np.config import Config
-from llama3np.cost import TILE
 from llama3np.errors import InputError
-from llama3np.kernels.cuda import gemm, plain, registry
+from llama3np.kernels.cuda import registry
 from llama3np.kernels.cuda.launch import Strided, launch
-from llama3np.kernels.cuda.plain import CupyEngine, linear, out_of_memory
+from llama3np.kernels.cuda.plain import CupyEngine, out_of_memory
 from llama3np.kernels.cuda.step import MOST_ROWS, RECORDS, Model, Step
-from llama3np.kernels.cuda.weights import DeviceBlocks, rows_of
 from llama3np.numerics import Profile
 from llama3np.params import Params
 
 
 class CudaEngine(CupyEngine):
-    """Calls of one token a row, for 8 rows at most, are a Step; others go by the plain operations,
-    with attention block by block. One thread at a time.
+    """Decode steps by our own kernels. One thread at a time.
 
+    Calls of one token a row, for 8 rows at most, are a Step; others go by the plain operations,
+    with attention block by block.
     params: on the device; matrices may be weights.DeviceBlocks.
     """
 
@@ -35,8 +33,6 @@ class CudaEngine(CupyEngine):
 
     def __init__(self, params: Params, config: Config, profile: Profile, device: Device):
         super().__init__(params, config, profile, device)
-        multiply = partial(product, rounded=profile.rounded)
-        self.tapped = self.tapped._replace(linear=partial(linear, multiply=multiply))
         self.model: Model | None = None
         if profile.dtype == "float32":
             with on(device):
@@ -75,7 +71,9 @@ class CudaEngine(CupyEngine):
         """
         ids_B1 = host_ids(np.asarray(ids_B)[:, None], self.config.vocab_size)
         if not self._steps_through(cache, len(ids_B1)):
-            raise InputError(f"greedy: expected float32 and 1 to {MOST_ROWS} rows, found {len(ids_B1)}")
+            raise InputError(
+                f"greedy: expected float32 and 1 to {MOST_ROWS} rows, found {len(ids_B1)}"
+            )
         with on(self.device):
             cache.check(self.config, self.profile.dtype)
             cache.room((len(ids_B1), n), None)
@@ -91,8 +89,10 @@ class CudaEngine(CupyEngine):
         return np.concatenate(ids), np.concatenate(logprobs)
 
     def _steps_through(self, cache: Cache, B: int) -> bool:
-        whole = all(isinstance(a, cp.ndarray) and a.flags.c_contiguous for a in (*cache.k, *cache.v))
-        return self.model is not None and 1 <= B <= MOST_ROWS and B == cache.batch and whole
+        whole = all(
+            isinstance(a, cp.ndarray) and a.flags.c_contiguous for a in (*cache.k, *cache.v)
+        )
+        return self.model is not None and 1 <= B <= MOST_ROWS and cache.batch == B and whole
 
     def _step(self, cache: Cache) -> Step:
         """The step of this cache, made anew if its arrays are no longer those it had."""
@@ -105,23 +105,6 @@ class CudaEngine(CupyEngine):
             except MemoryError as error:
                 raise out_of_memory(self.device, error) from None
         return step
-
-
-# ---- the operations of longer calls --------------------------------------------------------------
-
-
-def product(x_MK: Any, w: Any, rounded: bool = False) -> Any:
-    """plain.product, for blocks too: they are widened a tile of rows at a time."""
-    if not isinstance(w, DeviceBlocks):
-        return plain.product(x_MK, w, rounded)
-    N, K = w.shape
-    step = max(1, TILE // K)
-    y_MN, tile = cp.empty((len(x_MK), N), x_MK.dtype), cp.empty((min(step, N), K), np.float32)
-    for start in range(0, N, step):
-        stop = min(start + step, N)
-        rows = rows_of(w, start, stop, tile[: stop - start])
-        gemm.multiply(x_MK, rows.astype(x_MK.dtype, copy=False), y_MN[:, start:stop])
-    return y_MN
 
 
 def attention(q_BTNH: Any, k_BKSH: Any, v_BKSH: Any, positions_BT: Any, see: Any) -> Any:
@@ -139,7 +122,7 @@ def attention(q_BTNH: Any, k_BKSH: Any, v_BKSH: Any, positions_BT: Any, see: Any
     launch(
         kernel, (-(-(T * N // K) // queries), K, B), queries * 4,
         q=cp.ascontiguousarray(q_BTNH), keys=Strided(k_BKSH), values=Strided(v_BKSH),
-        positions=positions_BT, T=T, K=K, G=N // K, slots=S, step=k_BKSH.strides[1] // k_BKSH.itemsize,
-        scale=1 / sqrt(H), y=y_BTNH,
+        positions=positions_BT, T=T, K=K, G=N // K, slots=S,
+        step=k_BKSH.strides[1] // k_BKSH.itemsize, scale=1 / sqrt(H), y=y_BTNH,
     )  # fmt: skip
     return y_BTNH

@@ -24,6 +24,7 @@ class Strided(NamedTuple):
 
 @cache
 def compiled(kernel: Kernel) -> Any:
+    """CuPy's kernel, compiled at its first launch."""
     return cp.RawKernel(kernel.source, kernel.entry, kernel.options)
 
 
@@ -50,9 +51,8 @@ def _number(kernel: Kernel, parameter: Parameter, value: Any) -> np.generic:
     if fits and kind is Integral:
         fits = -(2**31) <= int(value) < 2**31
     if not fits:
-        raise TypeError(
-            f"{kernel.entry}: {parameter.name}: expected {words} ({parameter.dtype}), found {value!r}"
-        )
+        where, expected = f"{kernel.entry}: {parameter.name}", f"{words} ({parameter.dtype})"
+        raise TypeError(f"{where}: expected {expected}, found {value!r}")
     return parameter.dtype.type(value)
 
 

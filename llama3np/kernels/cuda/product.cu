@@ -116,9 +116,9 @@ __device__ __forceinline__ float own_sum(const float (&sums)[ROWS][BATCH], int l
   return own;
 }
 
-// silu(gate) * up; e^89 would overflow, and silu(-88) is 0 but for 1e-36.
+// silu(gate) * up. Where e^-gate overflows the quotient is 0, as silu is but for 1e-36.
 __device__ __forceinline__ float gated(float gate, float up) {
-  return gate / (1.f + expf(fminf(-gate, 88.f))) * up;
+  return gate / (1.f + expf(-gate)) * up;
 }
 
 // y = W (norm of x) for up to three weights of one format, such as wq, wk and wv, one after the
@@ -183,12 +183,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   multiply<false>(sums, rows, K, v, staged, nullptr);
   int n = rows.first + lane / BATCH, m = lane % BATCH;
   float sum = own_sum(sums, lane);
-  bool mine = lane < ROWS * BATCH && n < N;
-  if (mine) {
+  if (lane < ROWS * BATCH && n < N) {
     sum += y[(size_t)m * y_pitch + n];
     y[(size_t)m * y_pitch + n] = sum;
   }
-  float square = mine ? sum * sum : 0.f;
+  float square = sum * sum;  // 0 of rows that there are not
   square += __shfl_xor_sync(ALL_LANES, square, BATCH);  // the other row of the pair
   int pair = lane / BATCH / 2;
   if (lane < ROWS * BATCH && lane / BATCH % 2 == 0) own_squares[warp * (ROWS / 2) + pair][m] = square;

@@ -20,10 +20,19 @@ FORMATS = (
     "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K",
     "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q5_K",
 )  # fmt: skip
-PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+PLAIN = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 VECTORED = FORMATS[:8]  # those that products read 16 bytes at a time; others go weight by weight
 CACHED = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
-BATCHES = (1, 2, 4, 8)  # rows that products are specialised for; others are filled up with idle ones
+BATCHES = (
+    1,
+    2,
+    4,
+    8,
+)  # rows that products are specialised for; others are filled up with idle ones
 
 WARPS = 8  # of a product's block
 STRETCH = 256  # positions of attention's block
@@ -68,7 +77,7 @@ class Kernel(NamedTuple):
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         """In the order of the C prototype. Raises KeyError for a type that is not known here."""
-        types = {
+        types: dict[str, np.dtype] = {
             "int": np.dtype(np.int32),
             "float": np.dtype(np.float32),
             "double": np.dtype(np.float64),
@@ -76,7 +85,10 @@ class Kernel(NamedTuple):
             "Stored": self.stored,
             "Cached": self.cached,
         }
-        return tuple(Parameter(name, types[c], array) for c, array, name in _prototype(self.source, self.entry))
+        return tuple(
+            Parameter(name, types[c], array)
+            for c, array, name in _prototype(self.source, self.entry)
+        )
 
 
 @cache
@@ -131,12 +143,23 @@ def square_parts(kernel: Kernel) -> int:
 def row_kernel(entry: str, format: str) -> Kernel:
     """What reads rows of a weight: "widen", "take" or "embed"."""
     defines = (("FORMAT", FORMATS.index(format)),)
-    return Kernel(entry, ("formats.cu", "rows.cu"), defines, PLAIN.get(format, np.dtype(np.uint8)), registers=64)
+    return Kernel(
+        entry,
+        ("formats.cu", "rows.cu"),
+        defines,
+        PLAIN.get(format, np.dtype(np.uint8)),
+        registers=64,
+    )
 
 
 def attention_kernel(entry: str, head: int, group: int, cached: np.dtype, pairing: str) -> Kernel:
     """A part of a decode step's attention: "turn", "attend" or "combine"."""
-    defines = {"HEAD": head, "GROUP": group, "PAIRING": int(pairing == "half"), "CACHED": CACHED.index(cached)}
+    defines = {
+        "HEAD": head,
+        "GROUP": group,
+        "PAIRING": int(pairing == "half"),
+        "CACHED": CACHED.index(cached),
+    }
     defines |= _shape(head, group, cached.itemsize)
     return Kernel(entry, ("attend.cu",), tuple(defines.items()), cached=cached, registers=160)
 
@@ -170,10 +193,12 @@ def prefill_kernel(head: int, cached: np.dtype) -> Kernel:
     """Attention of many queries, by blocks of queries and keys: "attend_block"."""
     size = 32 if head <= 128 else 16
     defines = {"HEAD": head, "CACHED": CACHED.index(cached), "QUERIES": size, "KEYS": size}
-    return Kernel("attend_block", ("prefill.cu",), tuple(defines.items()), cached=cached, registers=144)
+    return Kernel(
+        "attend_block", ("prefill.cu",), tuple(defines.items()), cached=cached, registers=144
+    )
 
 
-# ---- all of them, for the gates ----------------------------------------------------------------------
+# ---- all of them, for the gates ------------------------------------------------------------------
 
 HEAD_SHAPES = ((128, 4), (64, 4), (64, 3), (128, 8), (128, 16), (80, 1), (256, 8), (10, 3), (2, 1))
 

@@ -34,14 +34,18 @@ class Model:
 
     def __init__(self, params: Params, config: Config, rounded: bool):
         self.params, self.config, self.rounded = params, config, int(rounded)
-        matrices = (params.embed_VD, params.head_VD, *(w for y in params.layers for w in matrices_of(y)))
+        matrices = (
+            params.embed_VD,
+            params.head_VD,
+            *(w for y in params.layers for w in matrices_of(y)),
+        )
         self.formats = {format_of(w) for w in matrices}
         self.norms = [(whole(y.attn_norm_D), whole(y.mlp_norm_D)) for y in params.layers]
         self.norm = whole(params.norm_D)
         self._tables: tuple[Any, Any] | None = None
 
     def tables(self, slots: int) -> tuple[Any, Any]:
-        """cos_SP and sin_SP of at least so many positions: those that the CPU computes, uploaded."""
+        """cos_SP and sin_SP of at least so many positions: the CPU's, uploaded."""
         if self._tables is None or len(self._tables[0]) < slots:
             cos_1SP, sin_1SP = rope_tables(self.config, np.arange(slots)[None], "float32")
             self._tables = cp.asarray(cos_1SP[0]), cp.asarray(sin_1SP[0])
@@ -90,10 +94,17 @@ class Buffers(NamedTuple):
 def buffers(config: Config, M: int, stretches: int) -> Buffers:
     """All of them, filled with zeros: the ends of rows stay so."""
     c, N, H = config, config.n_heads, config.head_dim
-    widths = c.dim, (N + 2 * c.n_kv_heads) * H, N * H, c.ffn_dim, c.ffn_dim
     f32, i32, f64 = np.float32, np.int32, np.float64
+
+    def rows(width: int) -> Any:
+        return cp.zeros((M, pitch_of(width)), f32)
+
     return Buffers(
-        *(cp.zeros((M, pitch_of(width)), f32) for width in widths),
+        h_MD=rows(c.dim),
+        qkv_MX=rows((N + 2 * c.n_kv_heads) * H),
+        attn_MX=rows(N * H),
+        act_MF=rows(c.ffn_dim),
+        up_MF=rows(c.ffn_dim),
         logits_MV=cp.zeros((M, c.vocab_size), f32),
         squares=cp.zeros(M * -(-c.dim // WARPS), f32),
         out=cp.zeros((M, N, stretches, H), f32),
@@ -153,8 +164,10 @@ class Step:
     def greedy(
         self, tokens_B: np.ndarray, positions_B: np.ndarray, n: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The n <= RECORDS most probable tokens that follow, each fed to get the next, and their
-        log-probabilities: (n, B) both. An id that is no token means damaged logits.
+        """The n <= RECORDS most probable tokens that follow, and their log-probabilities, (n, B).
+
+        Each is fed to get the next; the last is not. One that is no token, or a probability that
+        is no number, means damaged logits.
         """
         self._order(tokens_B, positions_B)
         with self.stream:
@@ -163,7 +176,9 @@ class Step:
             self._run(greedy=True)
         records_nM2 = self.buffers.records[:n].get(stream=self.stream)
         with np.errstate(invalid="ignore"):
-            return records_nM2[:, : self.B, 0].astype(np.int64), -np.log(records_nM2[:, : self.B, 1])
+            return records_nM2[:, : self.B, 0].astype(np.int64), -np.log(
+                records_nM2[:, : self.B, 1]
+            )
 
     # ---- the graph -------------------------------------------------------------------------------
 
@@ -230,9 +245,7 @@ class Step:
         heads, kv_heads, H = c.n_heads, c.n_kv_heads, c.head_dim
         self._project([layer.wq, layer.wk, layer.wv], self.model.norms[i][0], b.qkv_MX)
         turn, attend, combine = (
-            registry.attention_kernel(
-                entry, H, heads // kv_heads, self.k[i].dtype, c.rope_pairing
-            )
+            registry.attention_kernel(entry, H, heads // kv_heads, self.k[i].dtype, c.rope_pairing)
             for entry in ("turn", "attend", "combine")
         )
         qkv = {"qkv": b.qkv_MX, "pitch": b.qkv_MX.shape[1], "positions": b.positions_M}

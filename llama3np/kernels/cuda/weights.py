@@ -111,7 +111,9 @@ def unpack(type_name: str, packed: np.ndarray, n_rows: int) -> np.ndarray:
     """The inverse of `repack`: (rows, bytes of a row)."""
     if type_name not in SECTIONS:
         return packed.reshape(n_rows, -1)
-    blocks_RC = np.empty((packed.size // FORMATS[type_name].nbytes, FORMATS[type_name].nbytes), np.uint8)
+    blocks_RC = np.empty(
+        (packed.size // FORMATS[type_name].nbytes, FORMATS[type_name].nbytes), np.uint8
+    )
     for section_RC, (start, stop) in _sections(type_name, packed):
         is_low = (type_name, start) == ("Q6_K", 0)
         blocks_RC[:, start:stop] = _beside(section_RC, 4, 2) if is_low else section_RC
