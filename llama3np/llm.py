@@ -126,8 +126,11 @@ class Llama:
         memory = free_memory(self.device)
         fit.check(wish, str(self.device), *memory)
         logging.getLogger("llama3np").info("%s", fit.told(wish, str(self.device), *memory))
-        with on(self.device):
-            return device_params(params, self.config, progress)
+        try:
+            with on(self.device):
+                return device_params(params, self.config, progress)
+        except MemoryError as error:  # another program has taken what was free
+            raise InputError(f"device: no memory left on {self.device}: {error}") from None
 
     def __repr__(self) -> str:
         c = self.config

@@ -23,7 +23,7 @@ from llama3np.llm import Llama
 
 pytestmark = pytest.mark.gpu  # those that take softcuda are for that device alone
 
-SMALL = settings(max_examples=100)  # an eighth of them on CuPy
+SMALL = settings(max_examples=64)  # an eighth of them on CuPy
 TINY = Model(Config(24, 2, 6, 2, 4, 40, 31, rope_pairing="half", tied=False), 1)
 STORIES = ("bos_only", "tim")
 engines = st.sampled_from(list(CUDA_ENGINES))
@@ -309,6 +309,9 @@ def test_running_out_of_memory_is_a_sentence(monkeypatch):
     def full(*_):
         raise cupy.cuda.memory.OutOfMemoryError(100, 50)
 
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="no memory left on cuda"):
+        patch.setattr(cupy, "empty", full)
+        on_device(TINY)
     monkeypatch.setattr(cupy, "zeros", full)
     with pytest.raises(InputError, match="cache: cuda:0 has no memory for 9 rows of 32 tokens"):
         llm.new_cache(9)

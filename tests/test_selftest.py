@@ -254,5 +254,7 @@ def test_a_model_on_a_device_is_benched(softcuda, monkeypatch):
     assert (report["device"], report["threads"]) == ("cuda:0", None)
     assert report["decode"]["tokens_per_s"] > 0
     json.dumps(report)
+    with pytest.raises(InputError, match=r"bench: keys and values .* take [0-9.]+ GB, but only"):
+        bench.measure(llm, bench.Plan(4, 3, 10**8, 500, 1))
     with pytest.raises(InputError, match="--profile-ops: expected --device cpu, found cuda:0"):
         bench.profile_ops(llm, bench.Plan(4, 3, 1, 4, 1))
