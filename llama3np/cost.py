@@ -232,8 +232,8 @@ GPUS = (
     Gpu("A100 80 GB", 80 << 30, 2039e9),
     Gpu("H100 80 GB", 80 << 30, 3350e9),
 )
-# Seconds from the end of a kernel in a CUDA graph to the start of the next: an assumption, which
-# selftest and tools/bench_cuda.py do not measure (launch_us is that of single launches).
+# Seconds of a kernel in a CUDA graph beside what it reads: an assumption. `llama3np selftest` and
+# tools/bench_cuda.py measure it, as graph_us.
 BETWEEN_KERNELS = 1.5e-6
 
 

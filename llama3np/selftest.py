@@ -258,7 +258,7 @@ def measurements(
         from llama3np.kernels.cuda.limits import DeviceLimits
 
         limits: Any = DeviceLimits(device)
-        measured = {"launch_us": limits.launch_us()}
+        measured = {"launch_us": limits.launch_us(), "graph_us": limits.graph_us()}
     else:
         from llama3np.threads import Pool, available_cores
 

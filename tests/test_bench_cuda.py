@@ -71,7 +71,7 @@ def test_both_engines_are_measured_beside_the_prediction(softcuda, monkeypatch, 
     assert bench_cuda.main() == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines[4:8]] == [
-        "| cupy", "| cuda", "| other", "| predicted from 0 GB/s, as measured",
+        "| cupy", "| cuda", "| other", "| predicted from 0 GB/s and 0.5 us a kernel, as measured",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["bench_cuda.py", *given, "--json"])
     assert bench_cuda.main() == 0

@@ -236,6 +236,7 @@ def test_a_device_is_measured(softcuda, monkeypatch):
     assert found["read_gb_s"] == pytest.approx(2 * (1 << 15) / 0.5e-3 / 1e9)
     assert found["sgemm_gflop_s"] == pytest.approx(2 * 64**3 / 0.5e-3 / 1e9)
     assert found["launch_us"] > 0
+    assert found["graph_us"] == pytest.approx(50)
     facts = selftest.facts(CUDA)["gpu"]
     assert facts["memory_free"] <= facts["memory_total"]
     json.dumps(facts)

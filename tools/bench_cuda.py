@@ -87,6 +87,8 @@ def predicted(gpu: cost.Gpu, format: str) -> str:
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
     """Each engine by bench.measure, then the other programs, one after the other."""
+    from llama3np.kernels.cuda.limits import DeviceLimits
+
     plan = bench.Plan(bench.PROMPT_TOKENS, args.new_tokens, 1, args.context, ROUNDS)
     room = max(plan.prompt_tokens, plan.context + plan.new_tokens) + 1
     report: dict[str, Any] = {"model": args.model, "context": args.context, "engines": {}}
@@ -97,6 +99,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         report["kernels"], report["bytes_per_step"] = cost.step_kernels(llm.config), step
         ids = bench.prompt_ids(args.context, llm.config.vocab_size)
         del llm  # its memory is for the next one
+    report["graph_us"] = DeviceLimits(parse_device(args.device)).graph_us()
     report["others"] = {
         name: decode(args, ids)
         for name, (package, decode) in OTHERS.items()
@@ -182,8 +185,9 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         shown = found if isinstance(found, str) else f"{found:.1f}"
         yield f"| {name} | {shown} | |"
     bandwidth = first["read_limit_gb_s"] * 1e9
-    step = report["bytes_per_step"] / bandwidth + report["kernels"] * cost.BETWEEN_KERNELS
-    yield f"| predicted from {bandwidth / 1e9:.0f} GB/s, as measured | {1 / step:.1f} | |"
+    step = report["bytes_per_step"] / bandwidth + report["kernels"] * report["graph_us"] / 1e6
+    limits = f"{bandwidth / 1e9:.0f} GB/s and {report['graph_us']:.1f} us a kernel, as measured"
+    yield f"| predicted from {limits} | {1 / step:.1f} | |"
     yield ""
     yield from roofline()
 

@@ -70,6 +70,7 @@ def lines(measured: dict[str, Any]) -> list[str]:
     told = [f"reads {measured['read_gb_s']:.1f} GB/s", f"{measured['sgemm_gflop_s']:.0f} GFLOP/s"]
     if "launch_us" in measured:
         told.append(f"{measured['launch_us']:.1f} microseconds a launch")
+        told.append(f"{measured['graph_us']:.1f} a kernel in a graph")
     found = [", ".join(told)]
     for kind in ("prefill", "decode"):
         if "bench" in measured:

@@ -59,6 +59,19 @@ class DeviceLimits:
             cupy.cuda.Device().synchronize()
         return (time.perf_counter() - start) / LAUNCHES * 1e6
 
+    def graph_us(self) -> float:
+        """Microseconds of one small kernel in a CUDA graph of many, each waiting for the last."""
+        with on(self.device):
+            small, stream = cupy.zeros(1, np.float32), cupy.cuda.Stream(non_blocking=True)
+            cupy.cuda.Device().synchronize()
+            with stream:
+                cupy.negative(small, out=small)  # compiled before it is captured
+                stream.begin_capture()
+                for _ in range(LAUNCHES):
+                    cupy.negative(small, out=small)
+                graph = stream.end_capture()
+                return best(lambda: graph.launch(stream)) / LAUNCHES * 1e6
+
 
 def best(work: Callable[[], Any]) -> float:
     """Seconds of the shortest of a few tries, by the device's own clock."""
