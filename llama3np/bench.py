@@ -190,6 +190,8 @@ def measure(llm: Llama, plan: Plan, progress: Progress | None = None) -> dict[st
     with machine.Peak() as peak:
         warm_s = machine.seconds(work.first_pass)
     held = {"peak_anon": peak.nbytes, "peak_resident": machine.resident("VmHWM")}
+    if llm.device.kind == "cuda":
+        held["device"] = on_device(llm)
     limits = limits_of(llm)  # after the peak: the memory it reads is not the model's
     rounds = []
     for i in range(plan.rounds):
@@ -242,6 +244,12 @@ def about(llm: Llama, plan: Plan) -> dict[str, Any]:
         "processor": machine.processor(),
         **({} if llm.device.kind == "cpu" else {"gpu": gpu(llm)}),
     }
+
+
+def on_device(llm: Llama) -> int:
+    """Bytes of the device's memory that are in use, by whomever."""
+    free, total = free_memory(llm.device)
+    return total - free
 
 
 def gpu(llm: Llama) -> dict[str, Any]:

@@ -170,7 +170,8 @@ class Llama:
         last_only the result is (B, 1, V), after each row's own last id.
         cache: holds the tokens before these and is advanced by them; without one they stand alone.
         tap(name, array): is shown every intermediate, by the tap names of the design; the arrays
-        are those that are computed with, to be read and not written to.
+        are those that are computed with, to be read and not written to; on a CUDA device they lie
+        there, and backend.to_host copies them.
         All ids go through at once, so thousands of them need gigabytes for scores and logits;
         max_seq_len limits generation, not this.
         Raises InputError for ids out of range, more of them than the cache holds, or the cache of

@@ -367,6 +367,15 @@ def test_generation_batches_sampling_and_scores_are_those_of_numpy(engine):
     np.testing.assert_allclose(ours.score(prompts[2]), theirs.score(prompts[2]), atol=1e-5)
 
 
+@pytest.mark.parametrize("engine", CUDA_ENGINES)
+def test_nothing_waits_too_little_on_a_device_that_works_late(softcuda, engine):
+    """From the prompt to the text: whatever is not waited for is not there yet."""
+    softcuda.config(deferred=True)
+    ours = on_device(TINY, engine).generate([[1, 2, 3], [4]], 8)
+    theirs = Llama(TINY.config, TINY.params, engine="numpy").generate([[1, 2, 3], [4]], 8)
+    assert [c.ids for c in ours] == [c.ids for c in theirs]
+
+
 def test_bits_are_the_same_run_after_run():
     one, two = (fed(on_device(TINY), [1, 2, 3, 4], [2, 1, 1]) for _ in range(2))
     assert_same(one, two, "logits")

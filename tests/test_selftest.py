@@ -254,6 +254,7 @@ def test_a_model_on_a_device_is_benched(softcuda, monkeypatch):
     report = bench.measure(llm, bench.Plan(4, 3, 1, 4, 1))
     assert (report["device"], report["threads"]) == ("cuda:0", None)
     assert report["decode"]["tokens_per_s"] > 0
+    assert report["memory"]["device"] >= 0
     json.dumps(report)
     with pytest.raises(InputError, match=r"bench: keys and values .* take [0-9.]+ GB, but only"):
         bench.measure(llm, bench.Plan(4, 3, 10**8, 500, 1))

@@ -162,6 +162,8 @@ def sentences(report: dict[str, Any]) -> Iterator[str]:
             f"memory of its own at most {common.show_bytes(memory['peak_anon'])}, with mapped "
             f"files {common.show_bytes(memory['peak_resident'])}"
         )
+    if "device" in memory:
+        yield f"{common.show_bytes(memory['device'])} of the device's memory are in use"
     if (others := report["other_processes_cores"]) is not None:
         yield f"other processes used {100 * others:.0f} % of a core"
     for name in peers.UNSET:
