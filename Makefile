@@ -1,5 +1,8 @@
 # make run   - install into .venv, fetch a small real model, generate text with it
-# make test  - the whole test-suite
+# make test  - the whole test-suite, that of the CUDA path on a software device
+# make test-cuda - the CUDA path again on what NVRTC makes of the kernels, every access checked, and
+#              in two more schedules of its threads
+# make test-cupy CUPY=folder - CuPy's own tests on the software device (its sources: github cupy/cupy)
 # make fuzz  - thousands of spoiled files of every format
 # make lint  - ruff and mypy
 # make bench - what a decode step costs beside its matrix products, and what starting costs
@@ -8,13 +11,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROMPT ?= Gravity is
 
-.PHONY: run test fuzz lint bench clean
+.PHONY: run test test-cuda test-cupy fuzz lint bench clean
 
 run: .venv/.model
 	$(BIN)/llama3np generate smollm2 "$(PROMPT)" --max-new-tokens 64
 
-test: .venv/.test .venv/.model .venv/.tokenizer
+test: .venv/.test .venv/.test-cuda .venv/.model .venv/.tokenizer
 	$(BIN)/python -m pytest
+
+test-cuda: .venv/.test .venv/.test-cuda .venv/.model
+	SOFTCUDA_EXECUTOR=ptx $(BIN)/python -m pytest -m cuda
+	SOFTCUDA_EXECUTOR=ptx SOFTCUDA_SCHED=1 $(BIN)/python -m pytest -m cuda
+	SOFTCUDA_EXECUTOR=ptx SOFTCUDA_SCHED=2 $(BIN)/python -m pytest -m cuda
+
+test-cupy: .venv/.test .venv/.test-cuda
+	$(BIN)/python tests/softcuda/cupy_own_tests.py $(CUPY)
 
 fuzz: .venv/.test
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest tests/test_fuzz.py --timeout=0
@@ -46,6 +57,12 @@ clean:
 
 .venv/.test: .venv/.package
 	$(BIN)/python -m pip install -q -e '.[test]'
+	touch $@
+
+# CuPy on the software device of tests/softcuda. Without it (no wheel for this machine, no g++) the
+# tests of the CUDA path are skipped, and the summary says how many.
+.venv/.test-cuda: .venv/.package
+	-$(BIN)/python -m pip install -q -e '.[test-cuda]'
 	touch $@
 
 # Llama 3's own tokenizer file, for the tests of it; they are skipped, and say so, without it.

@@ -24,9 +24,17 @@ TEST = [
     "tokenizers>=0.20",  # an independent reader of tokenizer.json
 ]
 
+# What tests of the CUDA path need where there is no GPU: CuPy, in a version whose C functions
+# tests/softcuda knows, and of the toolkit its compiler and the headers that it compiles with.
+TEST_CUDA = [
+    "cupy-cuda13x==14.2.0",
+    "cuda-toolkit[nvrtc,cudart]==13.*",
+    "numpy>=2.1.2",  # before that, CuPy has no bfloat16
+]
+
 EXTRAS = {
-    "cuda12": ["cupy-cuda12x[ctk]>=14"],  # [ctk]: the toolkit's parts, so that a driver is enough
-    "cuda13": ["cupy-cuda13x[ctk]>=14"],
+    "cuda12": ["cupy-cuda12x[ctk]==14.*"],  # [ctk]: the toolkit's parts, so that a driver is enough
+    "cuda13": ["cupy-cuda13x[ctk]==14.*"],
     "fast": FAST,
     "gguf": ["gguf>=0.17"],
     "llama2": LLAMA2,
@@ -34,6 +42,7 @@ EXTRAS = {
     "serve": ["starlette>=0.40", "uvicorn>=0.30"],
     "explain": ["matplotlib>=3.8"],
     "test": TEST,
+    "test-cuda": TEST_CUDA,
 }
 
 setup(
@@ -45,7 +54,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["llama3np", "llama3np.*"]),
-    package_data={"llama3np": ["py.typed", "data/*.json"]},
+    package_data={"llama3np": ["py.typed", "data/*.json", "kernels/cuda/*.cu"]},
     install_requires=[
         "ml_dtypes>=0.4",  # bfloat16 as an array dtype: widening is 1.5x faster than bit shifts
         "numpy>=2",

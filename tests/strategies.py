@@ -4,13 +4,15 @@ Sizes are small, so that a test is fast, and odd, so that no two dimensions are 
 custom: width is not heads * head size, groups have 1 to 4 heads, few sizes are powers of two.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import oracle
+from devices import on
 from hypothesis import strategies as st
 
 import llama3np.params
@@ -63,9 +65,18 @@ class Model:
     config: Config
     seed: int
     stored: str = "float32"  # the dtype of the weights, whatever the arithmetic
+    xp: Any = field(default=np, repr=False)  # whose arrays the params are
+
+    def on(self, xp):
+        """The same model with its weights as arrays of that module."""
+        return replace(self, xp=xp)
 
     @cached_property
     def params(self):
+        return on(self.xp, self.host_params)
+
+    @cached_property
+    def host_params(self):
         """Weights as if mapped from a read-only file."""
         rng = np.random.default_rng(self.seed)
         dtype = ml_dtypes.bfloat16 if self.stored == "bfloat16" else np.dtype(self.stored)
@@ -77,7 +88,7 @@ class Model:
     @cached_property
     def tensors(self):
         """The same weights by name, in float64, for the oracle and for changes by hand."""
-        named = llama3np.params.named(self.params, self.config.tied)
+        named = llama3np.params.named(self.host_params, self.config.tied)
         return {name: np.asarray(tensor, dtype=np.float64) for name, tensor in named.items()}
 
     @property

@@ -161,11 +161,11 @@ def assert_shape_as_named(where, name, array, letters, bound):
 
 
 @pytest.mark.parametrize("pairing", PAIRINGS)
-def test_every_array_has_the_shape_that_its_name_says(pairing):
+def test_every_array_has_the_shape_that_its_name_says(xp, pairing):
     """A whole forward under a tracer that looks at the local names of every function it leaves."""
     scaling = RopeScaling(8.0, 1.0, 4.0, 16)
     config = Config(10, 2, 6, 2, 8, 11, 13, rope_scaling=scaling, rope_pairing=pairing)
-    model = Model(config, 1)
+    model = Model(config, 1, xp=xp)
     ids_BT = np.random.default_rng(0).integers(0, 13, (5, 7))
     seen = set()
 
@@ -176,7 +176,7 @@ def test_every_array_has_the_shape_that_its_name_says(pairing):
         bound = {} if where in GENERIC else dict(SIZES)
         for name, value in frame.f_locals.items():
             match = SUFFIX.search(name)
-            if match and isinstance(value, np.ndarray):
+            if match and isinstance(value, np.ndarray | xp.ndarray):
                 assert_shape_as_named(where, name, value, match[1], bound)
                 seen.add((where, name))
         return leave

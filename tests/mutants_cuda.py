@@ -1,0 +1,191 @@
+"""Wrong versions of the CUDA kernels: does a test fail for every one of them?
+
+    python tests/mutants_cuda.py [WORD ...]     only mutants with these words in their names
+
+Each is one edit of one source, whose text must be there exactly once, and is run with the tests that
+are there to notice it, in a process of its own. Prints every mutant's fate; exits with 1 if one
+survives, or if the tests fail without any edit. As a plugin of pytest (-p mutants_cuda) this file
+makes the edit that LLAMA3NP_MUTANT names.
+"""
+# ruff: noqa: E501  a mutant is a line, however long
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+KERNELS, STEP = "tests/test_cuda_kernels.py::test_", "tests/test_cuda_step.py::test_"
+PROJECT = KERNELS + "project_is_a_product_with_the_normed_vectors"
+GATE_UP = KERNELS + "gate_up_is_swiglu_of_both_products"
+ADD = KERNELS + "add_adds_a_product_and_leaves_sums_of_squares"
+ROWS = KERNELS + "rows_on_the_device_have_the_bits_of_ggml"
+WIDENED = KERNELS + "every_16_bit_number_is_widened_exactly"
+ROUNDED = KERNELS + "numbers_are_rounded_to_the_cache_as_numpy_does"
+ROUNDED_PRODUCT = KERNELS + "rounded_products_are_those_of_bf16_vectors"
+EMBED = KERNELS + "embed_looks_rows_up_and_sums_their_squares"
+TURN = KERNELS + "turn_is_rope_and_a_write_to_the_cache"
+DECODE = KERNELS + "decode_attention_is_that_of_the_spec"
+LARGE = KERNELS + "large_scores_do_not_overflow"
+PREFILL = KERNELS + "prefill_attention_is_that_of_the_spec"
+CHOICE = KERNELS + "the_largest_logit_is_chosen_the_lowest_id_first"
+SECONDS = 900  # a mutant that hangs is dead too
+
+
+class Mutant(NamedTuple):
+    """One edit, and the test that is to notice it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MUTANTS = [
+    # ---- numbers and warps
+    Mutant("sum misses half of the lanes", "common.cu", "o = 16; o; o >>= 1) own +=", "o = 8; o; o >>= 1) own +=", PROJECT + "[BF16-1]"),
+    Mutant("largest misses half of the lanes", "common.cu", "o = 16; o; o >>= 1) own = fmaxf", "o = 8; o; o >>= 1) own = fmaxf", LARGE),
+    Mutant("bf16 truncated", "common.cu", "(bits + 0x7fffu + (bits >> 16 & 1u)) >> 16", "bits >> 16", ROUNDED_PRODUCT),
+    Mutant("bf16 ties up", "common.cu", "0x7fffu + (bits >> 16 & 1u)", "0x8000u", ROUNDED),
+    Mutant("bf16 nan becomes infinite", "common.cu", "bits >> 16 | 0x40u", "0x7f80u", ROUNDED),
+    Mutant("f16 truncated", "common.cu", "0xc8000fffu + (bits >> 13 & 1u)", "0xc8000000u", ROUNDED),
+    Mutant("f16 subnormals by the normal way", "common.cu", "bits < 0x38800000u", "bits < 0x38000000u", ROUNDED),
+    Mutant("f16 overflow to a number", "common.cu", "bits >= 0x47800000u", "bits > 0x7f800000u", ROUNDED),
+    Mutant("f16 subnormals read by the normal way", "common.cu", "moved < (1u << 23)", "moved < 0u", WIDENED),
+    Mutant("f16 infinity read as a number", "common.cu", "moved >= (31u << 23)", "moved > (63u << 23)", WIDENED),
+    # ---- weights, one by one
+    Mutant("Q5 high bits of another byte", "formats.cu", "(block[i % 32 / 8] >>", "(block[i % 32 / 16] >>", ROWS + "[Q5_1]"),
+    Mutant("Q4 nibbles exchanged", "formats.cu", "w[i / 32 * 16 + i % 16] >> (i % 32 / 16 * 4)", "w[i / 32 * 16 + i % 16] >> (4 - i % 32 / 16 * 4)", ROWS + "[Q4_0]"),
+    Mutant("Q3_K scale off by one", "formats.cu", "(int)scale - 32", "(int)scale - 31", ROWS + "[Q3_K]"),
+    Mutant("Q2_K minimum for scale", "formats.cu", "block[k % 256 / 16] >> 4;", "block[k % 256 / 16] & 15u;", ROWS + "[Q2_K]"),
+    Mutant("Q4_K minimum without its high bits", "formats.cu", "c >> 4 | b >> 6 << 4", "c >> 4", ROWS + "[Q4_K]"),
+    Mutant("Q6_K high pairs of another run", "formats.cu", "*high >> (2 * run)", "*high >> (run)", ROWS + "[Q6_K]"),
+    # ---- weights, 16 bytes at a time
+    Mutant("Q4_0 nibbles exchanged in products", "pieces.cu", "j / 4 * 4), d, offset", "4 - j / 4 * 4), d, offset", PROJECT + "[Q4_0-1]"),
+    Mutant("Q8_0 unsigned", "pieces.cu", " ^ 0x80808080u", "", PROJECT + "[Q8_0-8]"),
+    Mutant("Q8_0 scale of the first half", "pieces.cu", "from_f16(p.d[j / 4])", "from_f16(p.d[0])", PROJECT + "[Q8_0-8]"),
+    Mutant("Q4_K minimum added", "pieces.cu", "scale, -minimum", "scale, minimum", PROJECT + "[Q4_K-1]"),
+    Mutant("Q4_K scale of the low nibbles for both", "pieces.cu", "lane % 8 / 2 * 2 + j / 4,", "lane % 8 / 2 * 2,", PROJECT + "[Q4_K-1]"),
+    Mutant("Q6_K runs 1 and 2 exchanged", "pieces.cu", "+ j % 2) >> (run / 2 * 4)", "+ j % 2) >> (run % 2 * 4)", PROJECT + "[Q6_K-8]"),
+    Mutant("16-bit rows read one load too far", "pieces.cu", "lane * 8;\n    p.v[u] = k < K", "lane * 8;\n    p.v[u] = k <= K", PROJECT + "[BF16-1]"),
+    Mutant("ragged tail dropped", "pieces.cu", "k + 2 < K", "k + 3 < K", PROJECT + "[F32-1]"),
+    Mutant("four vectors' numbers at other places", "pieces.cu", "f / 64 * 2 + f % 2) * PITCH", "f / 64 * 2 + (f + 1) % 2) * PITCH", PROJECT + "[BF16-4]"),
+    # ---- products
+    Mutant("one row too many read", "product.cu", "n < rows.N ? K : 0", "n <= rows.N ? K : 0", PROJECT + "[BF16-1]"),
+    Mutant("one row too many written", "product.cu", "n < rows.N) y[", "n <= rows.N) y[", PROJECT + "[Q4_K-4]"),
+    Mutant("no barrier before a tile is read", "product.cu", "tile);\n    __syncthreads();\n    load_rows", "tile);\n    load_rows", PROJECT + "[BF16-1]"),
+    Mutant("no barrier before a tile is overwritten", "product.cu", "    }\n    __syncthreads();\n#pragma", "    }\n#pragma", ADD + "[BF16-1]"),
+    Mutant("next tile not taken over", "product.cu", "now[r] = next[r];", "now[r] = now[r];", ADD + "[BF16-1]"),
+    Mutant("eps dropped", "product.cu", "(float)K + eps", "(float)K", PROJECT + "[BF16-1]"),
+    Mutant("last sum of squares dropped", "product.cu", "i < parts; i += 32", "i < parts - 1; i += 32", PROJECT + "[BF16-2]"),
+    Mutant("weight of the norm dropped", "product.cu", "x.z * s * w.z", "x.z * s", PROJECT + "[BF16-1]"),
+    Mutant("scale of the first row for all", "product.cu", "float s = scale[m];", "float s = scale[0];", PROJECT + "[BF16-2]"),
+    Mutant("activations not rounded", "product.cu", "if (v.rounded)", "if (false)", ROUNDED_PRODUCT),
+    Mutant("second weight where the first is", "product.cu", "start = y1,", "start = y0,", PROJECT + "[BF16-1]"),
+    Mutant("third weight read as the second", "product.cu", "rows.a = w2,", "rows.a = w1,", PROJECT + "[Q4_K-1]"),
+    Mutant("gate and up exchanged", "product.cu", "gated(own, other)", "gated(other, own)", GATE_UP + "[BF16-1]"),
+    Mutant("silu without its sign", "product.cu", "expf(-gate)", "expf(gate)", GATE_UP + "[Q8_0-8]"),
+    Mutant("residual overwritten", "product.cu", "    sum += y[(size_t)m * y_pitch + n];\n", "", ADD + "[BF16-1]"),
+    Mutant("squares of the first sixteen rows twice", "product.cu", "own_squares[group * WARPS + i]", "own_squares[i]", ADD + "[Q4_K-4]"),
+    Mutant("one row of a pair not squared", "product.cu", "  square += __shfl_xor_sync(ALL_LANES, square, BATCH);", " ", ADD + "[BF16-8]"),
+    # ---- embedding
+    Mutant("last number of an embedding dropped", "rows.cu", "k < K; k += blockDim.x) {", "k < K - 1; k += blockDim.x) {", EMBED + "[F32]"),
+    Mutant("last warp's squares dropped", "rows.cu", "i < 8; i++", "i < 7; i++", EMBED + "[BF16]"),
+    # ---- attention of a step
+    Mutant("current token not seen", "attend.cu", "position + 1 - first", "position - first", DECODE),
+    Mutant("one position too many seen", "attend.cu", "position + 1 - first", "position + 2 - first", DECODE),
+    Mutant("a stretch of one position dropped", "attend.cu", "first > position", "first >= position", DECODE),
+    Mutant("scores not scaled", "attend.cu", "HEAD + d] * scale", "HEAD + d]", DECODE),
+    Mutant("keys of another head", "attend.cu", "kv = blockIdx.y / shares", "kv = blockIdx.y % shares", DECODE),
+    Mutant("queries of another group", "attend.cu", "n0 = kv * GROUP + g0", "n0 = kv + g0 * K", DECODE),
+    Mutant("no barrier before scores are softened", "attend.cu", "count);\n  __syncthreads();\n  soften", "count);\n  soften", DECODE),
+    Mutant("no barrier before powers are read", "attend.cu", "gridDim.x);\n  __syncthreads();", "gridDim.x);", DECODE),
+    Mutant("no barrier before groups are added", "attend.cu", "values + at, count);\n  __syncthreads();", "values + at, count);", DECODE),
+    Mutant("score misses half of the lanes", "attend.cu", "o = LANES / 2; o", "o = LANES / 4; o", DECODE),
+    Mutant("last group of lanes dropped", "attend.cu", "group < GROUPS; group++", "group < GROUPS - 1; group++", DECODE),
+    Mutant("power not relative to the largest", "attend.cu", "expf(scores[g][i] - peak)", "expf(scores[g][i])", LARGE),
+    Mutant("stretches put together unscaled", "attend.cu", "HEAD + d] * expf(peaks[first + i] - peak)", "HEAD + d]", DECODE),
+    Mutant("last stretch forgotten", "attend.cu", "(positions[m] + STRETCH) / STRETCH", "(positions[m] + STRETCH - 1) / STRETCH", DECODE),
+    Mutant("turned the other way", "attend.cu", "a * c - b * s", "a * c + b * s", TURN),
+    Mutant("wrong pairing", "attend.cu", "PAIRING ? p : 2 * p", "PAIRING ? 2 * p : p", TURN),
+    Mutant("angle of the position before", "attend.cu", "cos_SP[(size_t)position *", "cos_SP[(size_t)max(position - 1, 0) *", TURN),
+    Mutant("keys and values exchanged", "attend.cu", "      values[(row", "      keys[(row", TURN),
+    Mutant("idle row written", "attend.cu", "  if (position < 0) return;\n", "", TURN),
+    Mutant("row of the cache is always the first", "attend.cu", "size_t row = (size_t)m * K +", "size_t row =", TURN),
+    # ---- attention of prefill
+    Mutant("query does not see itself", "prefill.cu", "eighth > sees[i]", "eighth >= sees[i]", PREFILL),
+    Mutant("query sees its successor", "prefill.cu", "eighth > sees[i]", "eighth > sees[i] + 1", PREFILL),
+    Mutant("sums not shrunk", "prefill.cu", "sums[i][e] *= shrink;", "sums[i][e] *= 1.f;", PREFILL),
+    Mutant("total not shrunk", "prefill.cu", "total[i] * shrink +", "total[i] +", PREFILL),
+    Mutant("no barrier between keys and values", "prefill.cu", "    __syncthreads();  // keys are done with, powers are there\n", "", PREFILL),
+    Mutant("last position of a block not read", "prefill.cu", "+ last_t] + 1)", "+ last_t])", PREFILL),
+    Mutant("keys of the first head", "prefill.cu", "own_keys = keys + (size_t)(b * K + kv) * step", "own_keys = keys + (size_t)(b * K) * step", PREFILL),
+    Mutant("mean not divided", "prefill.cu", "sums[i][e] / total[i]", "sums[i][e]", PREFILL),
+    Mutant("last query not written", "prefill.cu", "if (r < T * G && e", "if (r < T * G - 1 && e", PREFILL),
+    # ---- choosing
+    Mutant("highest id of equal ones", "tokens.cu", "b.id < a.id", "b.id > a.id", CHOICE),
+    Mutant("last vocabulary id never chosen", "tokens.cu", "min(V, start + size)", "min(V - 1, start + size)", CHOICE),
+    Mutant("remainder of the vocabulary dropped", "tokens.cu", "(V + parts - 1) / parts", "V / parts", CHOICE),
+    Mutant("sums of parts not brought together", "tokens.cu", " * (double)expf(peaks[m * parts + i] - own.peak)", "", CHOICE),
+    Mutant("stale position", "tokens.cu", "    positions[m] += 1;\n", "", CHOICE),
+    Mutant("idle row goes on", "tokens.cu", "if (positions[m] >= 0) {", "if (true) {", CHOICE),
+    Mutant("records not counted", "tokens.cu", "*count = done + 1", "*count = done", CHOICE),
+    Mutant("position ordered of another row", "tokens.cu", "orders[blockDim.x + m]", "orders[blockDim.x]", KERNELS + "orders_of_the_host_are_obeyed"),
+    Mutant("count not begun anew", "tokens.cu", "  if (m == 0) *count = 0;\n", "", KERNELS + "orders_of_the_host_are_obeyed"),
+]  # fmt: skip
+
+
+def pytest_sessionstart():
+    """Let kernels be made of edited sources; conftest.py has put the software device in place."""
+    if (name := os.environ.get("LLAMA3NP_MUTANT")) is None:
+        return
+    from llama3np.kernels.cuda import registry
+
+    mutant, text = next(m for m in MUTANTS if m.name == name), registry._text
+    registry._text = lambda file: edited(mutant, text(file)) if file == mutant.file else text(file)
+
+
+def edited(mutant, source):
+    """The source with the edit made."""
+    assert source.count(mutant.old) == 1, f"{mutant.name}: {source.count(mutant.old)} places"
+    return source.replace(mutant.old, mutant.new)
+
+
+def run(tests, name=None):
+    """pytest's exit status for these tests, under the mutant of this name."""
+    root = Path(__file__).parents[1]
+    env = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "CI": "1"}
+    env |= {"LLAMA3NP_MUTANT": name} if name else {}
+    quiet = ["-x", "-q", "-p", "mutants_cuda", "-p", "no:cacheprovider", "--tb=no"]
+    command = [sys.executable, "-m", "pytest", *quiet, *tests]
+    try:
+        done = subprocess.run(command, cwd=root, env=env, capture_output=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return -1
+    return done.returncode
+
+
+def main(words):
+    """Run the mutants whose names have one of the words, or all."""
+    folder = Path(__file__).parents[1] / "llama3np" / "kernels" / "cuda"
+    chosen = [m for m in MUTANTS if not words or any(word in m.name for word in words)]
+    for mutant in chosen:
+        edited(mutant, (folder / mutant.file).read_text(encoding="utf-8"))
+    if (status := run(sorted({mutant.test for mutant in chosen}))) != 0:
+        print(f"the tests fail without any edit (exit status {status})")
+        return 1
+    survivors = []
+    for mutant in chosen:
+        status = run([mutant.test], mutant.name)
+        killed = status == 1 or status < 0  # a failed test, or a crash; not: no test, a bad option
+        survivors += [] if killed else [mutant.name]
+        print(f"{'killed  ' if killed else 'SURVIVES'} {mutant.name} ({mutant.file})", flush=True)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} killed")
+    for name in survivors:
+        print(f"survivor: {name}")
+    return int(bool(survivors))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
