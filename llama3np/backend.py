@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llama3np.errors import InputError
+
+INSTALL = 'pip install "llama3np[cuda13]"'
+# CUDA 12's drivers (525 and up) need the other wheel; it is the same CuPy.
+OLDER = '"llama3np[cuda12]" for drivers below 580'
+
+# ---- arrays --------------------------------------------------------------------------------------
 
 
 def namespace(array: Any) -> Any:
@@ -23,6 +33,16 @@ def widen(array: Any) -> Any:
     return array.astype(np.float32) if array.dtype.itemsize == 2 else array
 
 
+def to_host(array: Any) -> np.ndarray:
+    """The numbers of an array of either module in a NumPy array; a host array is returned as is.
+
+    Of a device array this waits until they are computed, and copies them.
+    """
+    cupy = sys.modules.get("cupy")  # without it there are no device arrays
+    on_device = cupy is not None and isinstance(array, cupy.ndarray)
+    return array.get() if on_device else np.asarray(array)
+
+
 def host_ids(ids: Any, vocab_size: int) -> np.ndarray:
     """Return token ids as a (B, T) host array, every one of them checked.
 
@@ -32,7 +52,7 @@ def host_ids(ids: Any, vocab_size: int) -> np.ndarray:
     outside 0 <= id < vocab_size.
     """
     try:
-        ids_BT = np.asarray(ids)
+        ids_BT = to_host(ids)
     except ValueError:  # NumPy's own words for a ragged list
         raise InputError("token ids: expected rows of one length, found a ragged list") from None
     if ids_BT.ndim != 2 or ids_BT.size == 0:
@@ -47,3 +67,104 @@ def host_ids(ids: Any, vocab_size: int) -> np.ndarray:
             f"{ids_BT[row, column]} at row {row}, position {column}"
         )
     return ids_BT
+
+
+# ---- devices -------------------------------------------------------------------------------------
+
+
+class Device(NamedTuple):
+    """Where to compute: the processor, or a CUDA device by its number in this machine."""
+
+    kind: str  # "cpu" or "cuda"
+    number: int = 0
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "cpu" else f"cuda:{self.number}"
+
+
+CPU = Device("cpu")
+
+
+def parse_device(name: str) -> Device:
+    """The device of "cpu", "cuda" (the first one) or "cuda:N"; raise InputError for another name.
+
+    Nothing is imported, and nothing is asked of the device: see `use`.
+    """
+    match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", name) if isinstance(name, str) else None
+    if match is None:
+        raise InputError(f"device: expected cpu, cuda or cuda:N, found {name!r}")
+    return Device(name.partition(":")[0], int(match[1] or 0))
+
+
+@contextmanager
+def on(device: Device) -> Iterator[Any]:
+    """Make a device this thread's current one while a block runs; yield its array module.
+
+    Arrays are made, and kernels run, on the current device, and each thread has its own.
+    """
+    if device.kind == "cpu":
+        yield np
+        return
+    cupy = cupy_module()
+    with cupy.cuda.Device(device.number):
+        yield cupy
+
+
+def cupy_module() -> Any:
+    """CuPy. Raises InputError, with the command that installs it, where it cannot be imported."""
+    try:
+        import cupy
+    except ImportError as error:
+        said = str(error).strip().partition("\n")[0]
+        raise InputError(f"device: cuda needs CuPy ({said}): {INSTALL} ({OLDER})") from None
+    return cupy
+
+
+def use(device: Device) -> Any:
+    """Return the array module of a device that has been tried: it computes, products included.
+
+    Raises InputError, in one sentence that says what to do, without CuPy, without a driver or a
+    GPU, for a number that no GPU has, and without the parts of CUDA's toolkit that CuPy needs: its
+    run-time compiler (NVRTC), its headers and cuBLAS.
+    """
+    if device.kind == "cpu":
+        return np
+    cupy = cupy_module()
+    if not cupy.cuda.is_available():
+        raise InputError(
+            "device: CuPy finds no CUDA driver or no GPU (nvidia-smi shows what there is); "
+            "--device cpu computes without"
+        )
+    count = cupy.cuda.runtime.getDeviceCount()
+    if device.number >= count:
+        last = f"cuda:{count - 1}"
+        expected = last if count == 1 else f"cuda:0 to {last}"
+        raise InputError(f"device: expected {expected} (there are {count}), found {device}")
+    try:
+        with on(device):
+            one_11 = cupy.zeros((1, 1), np.float32) + 1  # compiled at run time
+            to_host(one_11 @ one_11)
+    except Exception as error:  # each missing part has its own type: ImportError, RuntimeError ...
+        said = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"device: {device} does not compute ({type(error).__name__}: {said}); "
+            f"{INSTALL} brings all of CUDA that CuPy needs ({OLDER})"
+        ) from None
+    return cupy
+
+
+def free_memory(device: Device) -> tuple[int, int]:
+    """Bytes of the device's memory that could be had now, and of all of it.
+
+    Memory that CuPy's pool keeps without using it is counted as free.
+    """
+    with on(device) as cupy:
+        free, total = cupy.cuda.runtime.memGetInfo()
+        return free + cupy.get_default_memory_pool().free_bytes(), total
+
+
+def wait(device: Device) -> None:
+    """Return when all work that was given to the device is done."""
+    if device.kind == "cuda":
+        with on(device) as cupy:
+            cupy.cuda.Device().synchronize()

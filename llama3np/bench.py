@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama3np import machine
+from llama3np.backend import free_memory
 from llama3np.cost import prefill_flops
 from llama3np.errors import InputError
 from llama3np.llm import Llama
@@ -155,7 +156,9 @@ class Work:
 
 def _check_memory(llm: Llama, plan: Plan) -> None:
     slots = plan.batch * (plan.context + plan.new_tokens + plan.prompt_tokens + 2)
-    needed, free = slots * llm.new_cache(1, 1).nbytes, machine.available()
+    on_cpu = llm.device.kind == "cpu"
+    free = machine.available() if on_cpu else free_memory(llm.device)[0]
+    needed = slots * llm.new_cache(1, 1).nbytes
     if free is not None and needed > free:
         raise InputError(
             f"bench: keys and values for --batch {plan.batch}, --context {plan.context} and "
@@ -187,9 +190,7 @@ def measure(llm: Llama, plan: Plan, progress: Progress | None = None) -> dict[st
     with machine.Peak() as peak:
         warm_s = machine.seconds(work.first_pass)
     held = {"peak_anon": peak.nbytes, "peak_resident": machine.resident("VmHWM")}
-    limits = machine.Limits(
-        llm.engine.pool
-    )  # after the peak: the memory it reads is not the model's
+    limits = limits_of(llm)  # after the peak: the memory it reads is not the model's
     rounds = []
     for i in range(plan.rounds):
         tell(i + 1, plan.rounds + 1, f"round {i + 1} of {plan.rounds}")
@@ -203,7 +204,19 @@ def measure(llm: Llama, plan: Plan, progress: Progress | None = None) -> dict[st
     }
 
 
-def one_round(work: Work, limits: machine.Limits) -> Round:
+def limits_of(llm: Llama) -> Any:
+    """The limits of what the model computes on: machine.Limits, or a device's, which has the same.
+
+    The models' own threads are measured, as many as the engine has.
+    """
+    if llm.device.kind == "cpu":
+        return machine.Limits(llm.engine.pool)
+    from llama3np.kernels.cuda.limits import DeviceLimits
+
+    return DeviceLimits(llm.device)
+
+
+def one_round(work: Work, limits: Any) -> Round:
     """Each kind of work next to its limit; memory is read on both sides of the longer decoding."""
     multiplied = limits.sgemm_gflop_s()
     prefill_s = machine.seconds(work.prefill)
@@ -218,7 +231,8 @@ def about(llm: Llama, plan: Plan) -> dict[str, Any]:
         "structure": repr(llm),
         "vocab_size": llm.config.vocab_size,
         "engine": llm.engine.name,
-        "threads": llm.engine.pool.threads,
+        "device": str(llm.device),
+        "threads": llm.engine.pool.threads if llm.device.kind == "cpu" else None,
         "dtype": llm.profile.name,
         "kv_dtype": str(llm.new_cache(1, 1).k[0].dtype),
         "batch": plan.batch,
@@ -226,7 +240,15 @@ def about(llm: Llama, plan: Plan) -> dict[str, Any]:
         "rounds": plan.rounds,
         "versions": machine.versions(),
         "processor": machine.processor(),
+        **({} if llm.device.kind == "cpu" else {"gpu": gpu(llm)}),
     }
+
+
+def gpu(llm: Llama) -> dict[str, Any]:
+    """The CUDA device of a model."""
+    from llama3np.kernels.cuda.limits import describe
+
+    return describe(llm.device)
 
 
 def summary(llm: Llama, plan: Plan, rounds: Sequence[Round]) -> dict[str, Any]:
@@ -273,9 +295,12 @@ def profile_ops(llm: Llama, plan: Plan) -> dict[str, Any]:
     A product is named by its weight. A compiled decode step tells its own phases in place of the
     five operations. attention_share_of_limit: the keys and values that a step reads, over the
     seconds of its attention, as a share of the bandwidth measured in the same round; left out
-    where nothing tells those seconds.
+    where nothing tells those seconds. Raises InputError for a model on a CUDA device, where an
+    operation has only been handed over when it returns.
     """
-    work, limits = Work(llm, plan), machine.Limits(llm.engine.pool)
+    if llm.device.kind != "cpu":
+        raise InputError(f"--profile-ops: expected --device cpu, found {llm.device}")
+    work, limits = Work(llm, plan), limits_of(llm)
     work.first_pass()
     reads, prefills, decodes = [], [], []
     for _ in range(plan.rounds):

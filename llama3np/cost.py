@@ -126,6 +126,56 @@ def bytes_per_step(config: Config, format: str, context: int, batch: int, dtype:
     return weights + batch * context * cache_bytes_per_token(config, dtype)
 
 
+# ---- a CUDA device ---------------------------------------------------------------------------
+
+# The sizes that the engines on a device keep to, in numbers. A tile of weights is widened at a
+# time: 64 MiB of float32, large enough that a product of it fills any GPU. Scores are made so many
+# at a time: 32 MiB, of which attention holds four kinds.
+TILE, SCORES = 1 << 24, 1 << 23
+# What is beside arrays: compiled kernels, cuBLAS's own memory (32 MiB on the newest), and what
+# CuPy's pool loses by rounding up and by gaps.
+BESIDE = 256 << 20
+
+
+class Needs(NamedTuple):
+    """Bytes of a device's memory, by what they are for."""
+
+    weights: int
+    cache: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self)
+
+
+def workspace_bytes(config: Config, tokens: int, context: int, rows: int = 1, size: int = 4) -> int:
+    """An upper bound of what a call of `tokens` tokens, all rows counted, needs beside the cache.
+
+    size: bytes of a number. Of each token there are at most 8 vectors of width D or N H at a time,
+    6 of width F (in swiglu), or, when the layers are done, the logits; of the keys, or values, that
+    are seen 2 copies (widened, and laid out for a product); 4 kinds of scores; and a tile.
+    """
+    c = config
+    wide = max(c.dim, c.n_heads * c.head_dim)
+    per_token = max(8 * wide + 6 * c.ffn_dim, 2 * wide + c.vocab_size)
+    seen = 2 * rows * context * c.n_kv_heads * c.head_dim
+    scores = 4 * min(max(SCORES, c.n_heads * context), tokens * c.n_heads * context)
+    return size * (tokens * per_token + seen + scores + TILE) + BESIDE
+
+
+def device_needs(
+    config: Config, weights: int, context: int, dtype: str, tokens: int, size: int = 4
+) -> Needs:
+    """What one row of `context` tokens needs on a device, fed `tokens` at a time.
+
+    weights: bytes of all weights; dtype: of the cache, one of CACHE_BYTES.
+    """
+    cache = context * cache_bytes_per_token(config, dtype)
+    return Needs(weights, cache, workspace_bytes(config, min(tokens, context), context, 1, size))
+
+
 # ---- what fits, and how fast it can be at best -----------------------------------------------
 
 
@@ -168,3 +218,40 @@ def roofline(
     GPUs the exchange between them, take from it.
     """
     return batch * bandwidth / bytes_per_step(config, format, context, batch, dtype)
+
+
+class Gpu(NamedTuple):
+    """A card as its data sheet has it."""
+
+    name: str
+    memory: int
+    bandwidth: float  # bytes a second
+
+
+# NVIDIA's data sheets: RTX 3060 12 GB (GDDR6, 192 bit), RTX 4090, A100 80 GB SXM, H100 SXM.
+GPUS = (
+    Gpu("RTX 3060 12 GB", 12 << 30, 360e9),
+    Gpu("RTX 4090", 24 << 30, 1008e9),
+    Gpu("A100 80 GB", 80 << 30, 2039e9),
+    Gpu("H100 80 GB", 80 << 30, 3350e9),
+)
+# Seconds from the end of a kernel in a CUDA graph to the start of the next: an assumption, which
+# selftest and tools/bench_cuda.py do not measure (launch_us is that of single launches).
+BETWEEN_KERNELS = 1.5e-6
+
+
+def step_kernels(config: Config) -> int:
+    """Kernels of a decode step of the engine cuda, all of one format: kernels/cuda/step.py."""
+    return 7 * config.n_layers + 3
+
+
+def predicted_step(
+    config: Config, format: str, context: int, dtype: str, bandwidth: float
+) -> float:
+    """Seconds of a decode step of one row: bytes / bandwidth + kernels. A prediction, not measured.
+
+    No GPU reads at the bandwidth of its data sheet, so the time will be longer: 0.8 to 0.9 of that
+    bandwidth would be good.
+    """
+    nbytes = bytes_per_step(config, format, context, 1, dtype)
+    return nbytes / bandwidth + step_kernels(config) * BETWEEN_KERNELS

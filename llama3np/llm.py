@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -10,14 +11,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llama3np import fit
 from llama3np import generate as generation
+from llama3np.backend import free_memory, on, parse_device, use
 from llama3np.cache import Cache, new_cache
 from llama3np.cache import kv_dtype as cache_dtype
 from llama3np.chat import chat_ids
 from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.kernels import stored
-from llama3np.kernels.engine import checked_threads, engine_class, make_engine
+from llama3np.kernels.engine import (
+    checked_threads,
+    engine_class,
+    make_engine,
+    refuse_unrounded,
+)
 from llama3np.numerics import profile
 from llama3np.params import Params, check, named
 from llama3np.sample import GREEDY, Sampling
@@ -26,6 +34,9 @@ DEFAULT_CONTEXT = 8192  # a cache for the 131,072 positions of Llama 3.1 would b
 DEFAULT_NEW_TOKENS = 256
 
 Prompt = str | Sequence[int]
+Progress = Callable[[int, int, str], None]  # done, total, what
+
+SHORT_NAMES = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}
 
 
 class Completion(NamedTuple):
@@ -64,6 +75,8 @@ class Llama:
         threads: int | None = None,
         kv_dtype: str | None = None,
         prefill_chunk: int | None = None,
+        device: str = "cpu",
+        progress: Progress | None = None,
     ):
         check(params, config)
         if tokenizer is not None and tokenizer.n_vocab > config.vocab_size:
@@ -73,7 +86,6 @@ class Llama:
             )
         self.config, self.tokenizer, self.layout = config, tokenizer, layout
         self.sampling = sampling  # what its files recommend; used only where it is handed over
-        self.params = stored(params)
         self.profile = profile(dtype)
         if self.profile.dtype == "float32" and any(
             w.dtype == np.float64 for w in named(params, config.tied).values()
@@ -85,14 +97,45 @@ class Llama:
         self.cache_dtype = cache_dtype(kv_dtype, self.profile.dtype)
         chunk = generation.CHUNK if prefill_chunk is None else prefill_chunk
         self.prefill_chunk = as_count("prefill_chunk", chunk, 1)
-        self.engine = make_engine(engine, threads, self.params, config, self.profile)
+        self.device = parse_device(device)
+        use(self.device), engine_class(engine, self.device)
+        self.params = self._placed(params, progress)
+        made = self.params, config, self.profile, self.device
+        self.engine = make_engine(engine, threads, *made)
+
+    def _placed(self, params: Params, progress: Progress | None) -> Params:
+        """The weights as they are computed with: where they are, or in the device's memory.
+
+        Raises InputError, with what would fit, before anything is allocated.
+        """
+        if self.device.kind == "cpu":
+            return stored(params)
+        from llama3np.kernels.cuda.loading import device_params
+
+        if self.profile.rounded:
+            refuse_unrounded(params, self.config, self.profile)
+        weights = sum(w.nbytes for w in named(params, self.config.tied).values())
+        wish = fit.Wish(
+            self.config,
+            weights,
+            self.max_seq_len,
+            SHORT_NAMES[str(self.cache_dtype)],
+            self.prefill_chunk,
+            np.dtype(self.profile.dtype).itemsize,
+        )
+        memory = free_memory(self.device)
+        fit.check(wish, str(self.device), *memory)
+        logging.getLogger("llama3np").info("%s", fit.told(wish, str(self.device), *memory))
+        with on(self.device):
+            return device_params(params, self.config, progress)
 
     def __repr__(self) -> str:
         c = self.config
+        where = "" if self.device.kind == "cpu" else f" on {self.device}"
         return (
             f"Llama({self.layout}: {c.n_layers} layers, width {c.dim}, {c.n_heads} query and "
             f"{c.n_kv_heads} key/value heads, vocabulary {c.vocab_size}, {self.profile.name}, "
-            f"engine {self.engine.name})"
+            f"engine {self.engine.name}{where})"
         )
 
     # ---- the model ----------------------------------------------------------------------------
@@ -100,7 +143,15 @@ class Llama:
     def new_cache(self, batch: int = 1, max_seq_len: int | None = None) -> Cache:
         """An empty cache for `batch` rows of at most max_seq_len tokens (the model's, if None)."""
         length = self.max_seq_len if max_seq_len is None else max_seq_len
-        return new_cache(self.config, batch, length, self.cache_dtype)
+        try:
+            with on(self.device) as xp:
+                return new_cache(self.config, batch, length, self.cache_dtype, xp)
+        except MemoryError as error:  # CuPy's OutOfMemoryError is one
+            if self.device.kind == "cpu":
+                raise
+            raise InputError(
+                f"cache: {self.device} has no memory for {batch} rows of {length} tokens: {error}"
+            ) from None
 
     def forward(
         self,
@@ -343,14 +394,18 @@ def load(
     """Load a checkpoint: a Hugging Face or Meta directory, a .gguf file, a llama2.c .bin file.
 
     path: the file or directory, or the name of a model installed here ("smollm2").
-    device: "cpu". dtype: the profile, "float32", "float64", or "bf16-mm" for bf16 weights.
+    device: "cpu", "cuda" or "cuda:1"; a plan of the memory of a CUDA device is logged (logger
+    "llama3np", level INFO) before anything is allocated there.
+    dtype: the profile, "float32", "float64", or "bf16-mm" for bf16 weights.
     max_seq_len: the most tokens of a prompt and its continuation; the model's own, and at most
     8192, if None.
-    progress(done, total, name): is told the bytes that are read and converted; mapped ones are not.
+    progress(done, total, name): is told the bytes that are read and converted; mapped ones are
+    not. Of a CUDA device, those that are on their way there.
     rope_factor: of a Meta directory with use_scaled_rope, whose files do not tell it; 32 for the
     widths of 3.2 1B and 3B, else 8, if None.
     engine: "numpy", or "numba" for compiled kernels (the extra `fast`); that where it is installed,
-    if None. threads: as many as there are physical cores, if None. kv_dtype: what keys and values
+    if None. On a CUDA device "cuda", by kernels of ours, or "cupy", the plain operations; "cuda" if
+    None. threads: as many as there are physical cores, if None. kv_dtype: what keys and values
     are stored as, "f32", "bf16" or "f16"; the profile's own type if None. prefill_chunk: tokens of
     a prompt that go through the model at once, over all rows.
     Raises InputError, in one sentence, for whatever cannot be used, and of it CheckpointError if
@@ -359,14 +414,14 @@ def load(
     from llama3np.load import load_checkpoint
     from llama3np.load.installed import resolve
 
-    if device != "cpu":
-        raise InputError(f"device: expected 'cpu', found {device!r}")
     # What needs no file is looked at first: a large one takes its time.
     cache_dtype(kv_dtype, profile(dtype).dtype)
-    engine_class(engine), checked_threads(threads)
+    use(where := parse_device(device))
+    engine_class(engine, where), checked_threads(threads)
     if prefill_chunk is not None:
         as_count("prefill_chunk", prefill_chunk, 1)
-    checkpoint = load_checkpoint(resolve(path), progress, rope_factor)
+    reading = progress if where.kind == "cpu" else None  # else it is of the way to the device
+    checkpoint = load_checkpoint(resolve(path), reading, rope_factor)
     return Llama(
         checkpoint.config,
         checkpoint.params,
@@ -380,4 +435,6 @@ def load(
         threads=threads,
         kv_dtype=kv_dtype,
         prefill_chunk=prefill_chunk,
+        device=device,
+        progress=progress,
     )

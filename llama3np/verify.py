@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llama3np.backend import to_host
 from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.llm import Llama
@@ -175,7 +176,7 @@ def _prompt(llm: Llama, name: str, known: Mapping[str, Any]) -> Iterator[Result]
     seen: dict[str, np.ndarray] = {}
     logits_11V = llm.forward(
         known["ids"],
-        tap=lambda tap, array: seen.update({tap: np.array(array)} if tap in wanted else {}),
+        tap=lambda tap, array: seen.update({tap: to_host(array).copy()} if tap in wanted else {}),
         last_only=True,
     )
     id = int(logits_11V[0, 0].argmax())

@@ -191,3 +191,38 @@ def test_8b_in_bf16_at_50_gb_per_second_is_3_3_tokens_per_second():
 def test_gpus_must_divide_the_heads(gpus):
     with pytest.raises(InputError, match=f"divides n_kv_heads 8, found {gpus}$"):
         cost.share(PRESETS["llama3-8b"], gpus)
+
+
+# ---- a CUDA device ------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_decode_step_has_the_kernels_that_are_predicted(softcuda, layers):
+    """Counted as they are launched one by one: the first step of a cache."""
+    from llama3np.llm import Llama
+
+    config = replace(PRESETS["llama3-8b"], dim=32, n_layers=layers, n_heads=4, n_kv_heads=2)
+    config = replace(config, head_dim=8, ffn_dim=48, vocab_size=30)
+    params = random(config, np.random.default_rng(0))
+    llm = Llama(config, params, device="cuda", engine="cuda", max_seq_len=32)
+    cache = llm.new_cache(1, 8)
+    llm.forward([1, 2], cache)
+    llm.forward([3], llm.new_cache(1, 8))  # tables of angles are made with the first step
+    softcuda.reset()
+    llm.forward([3], cache)
+    kernels = {k: n for k, n in softcuda.stats()["kernels"].items() if not k.startswith("cupy_")}
+    assert sum(kernels.values()) == cost.step_kernels(config)
+
+
+def test_a_step_of_8b_is_predicted_from_its_bytes():
+    """16.06 GB of weights less the table of the embedding, and 2.15 GB of keys and values."""
+    step = cost.predicted_step(PRESETS["llama3-8b"], "bf16", 8192, "f32", 1e12)
+    bytes_s = (16_060_522_496 - 128255 * 4096 * 2 + 8192 * 262144) / 1e12
+    assert step == pytest.approx(bytes_s + 227 * 1.5e-6, rel=1e-6)
+
+
+@given(configs(), st.sampled_from(["bf16", "q8_0"]), st.integers(1, 9999))
+def test_a_prediction_is_above_the_roofline(config, format, context):
+    step = cost.predicted_step(config, format, context, "f32", 1e12)
+    assert 1 / step < cost.roofline(config, format, context, 1, "f32", 1e12)

@@ -40,7 +40,11 @@ def run(args: argparse.Namespace) -> None:
     if args.peer_python and not args.vs:
         raise InputError("--peer-python: expected --vs with it")
     version = ""
+    if args.profile_ops and args.device != "cpu":
+        raise InputError(f"--profile-ops: expected --device cpu, found {args.device}")
     if args.vs:
+        if args.device != "cpu":
+            raise InputError(f"--vs: expected --device cpu, found {args.device}")
         if args.batch != 1:
             raise InputError(f"--vs: expected --batch 1, found {args.batch}")
         version = peers.find(args.vs, args.model, python)
@@ -109,9 +113,11 @@ def show(report: dict[str, Any]) -> None:
     from rich.console import Console
 
     console = Console(soft_wrap=True, highlight=False, markup=False)
+    by = f"{report['threads']} threads" if report["device"] == "cpu" else report["device"]
+    where = report["gpu"]["name"] if "gpu" in report else report["processor"]
     console.print(
-        f"{report['model']}: engine {report['engine']}, {report['threads']} threads, "
-        f"{report['dtype']}, keys and values {report['kv_dtype']}, {report['processor']}"
+        f"{report['model']}: engine {report['engine']}, {by}, {report['dtype']}, "
+        f"keys and values {report['kv_dtype']}, {where}"
     )
     console.print(speeds(report))
     for line in sentences(report):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import re
 import sys
@@ -17,7 +18,7 @@ from llama3np.chat import FORMATS
 from llama3np.cost import tensor_bytes
 from llama3np.errors import InputError
 from llama3np.generate import CHUNK
-from llama3np.kernels.engine import ENGINES
+from llama3np.kernels.engine import CUDA_ENGINES, ENGINES
 from llama3np.llm import Llama, Step, load
 from llama3np.load import Inspection, Stored, inspect
 from llama3np.load.installed import MODELS, resolve
@@ -30,10 +31,16 @@ DEFAULT = "default"  # as --temperature: the sampling that the model's files rec
 
 def load_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of loading."""
-    parser.add_argument("--device", default="cpu", metavar="cpu", help="where to compute")
+    parser.add_argument(
+        "--device", default="cpu", metavar="cpu|cuda[:N]", help="where to compute: cpu if not given"
+    )
     parser.add_argument("--dtype", default="float32", choices=PROFILES, help="precision profile")
     parser.add_argument("--max-seq-len", type=int, metavar="N", help="prompt + new tokens at most")
-    parser.add_argument("--engine", choices=ENGINES, help="numba where it is installed")
+    parser.add_argument(
+        "--engine",
+        choices=(*ENGINES, *CUDA_ENGINES),
+        help="numba where it is installed; on cuda: cuda, or cupy for the plain operations",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="the physical cores if not given")
     parser.add_argument("--kv-dtype", choices=KV_DTYPES, help="of cached keys and values: f32")
     parser.add_argument(
@@ -107,9 +114,12 @@ def model_facts(model: str, rope_factor: float | None = None) -> Inspection:
 
 
 def load_model(args: argparse.Namespace) -> tuple[Llama, float]:
-    """Load MODEL, with a bar if a person is watching; return it and the seconds it took."""
+    """Load MODEL, with a bar if a person is watching; return it and the seconds it took.
+
+    For a CUDA device the plan of its memory is printed first, to stderr.
+    """
     start = time.perf_counter()
-    with progress_bar() as progress:
+    with progress_bar() as progress, plan_printed(args.device):
         llm = load(
             args.model,
             device=args.device,
@@ -123,6 +133,23 @@ def load_model(args: argparse.Namespace) -> tuple[Llama, float]:
             prefill_chunk=args.prefill_chunk,
         )
     return llm, time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def plan_printed(device: str) -> Iterator[None]:
+    """Print to stderr what the package says while the block runs, if the device is not the CPU."""
+    logger, handler = logging.getLogger("llama3np"), logging.StreamHandler(sys.stderr)
+    if device == "cpu":
+        yield
+        return
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

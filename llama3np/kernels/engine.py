@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from numbers import Integral
 from typing import Any
@@ -14,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from llama3np import model
+from llama3np.backend import CPU, Device
 from llama3np.cache import Cache
 from llama3np.config import Config
 from llama3np.errors import InputError
@@ -26,6 +28,11 @@ from llama3np.params import Params, named
 from llama3np.threads import Pool, available_cores, single_threaded_blas
 
 ENGINES = ("numpy", "numba")
+# Name -> module and class, of those on a CUDA device; cuda if none is named.
+CUDA_ENGINES = {
+    "cupy": ("llama3np.kernels.cuda.plain", "CupyEngine"),
+    "cuda": ("llama3np.kernels.cuda.engine", "CudaEngine"),
+}
 
 
 Multiply = Callable[[np.ndarray, Any], np.ndarray]  # (x_MD, w) -> x_MD @ w.T
@@ -88,23 +95,37 @@ class Engine:
 
 
 def make_engine(
-    name: str | None, threads: int | None, params: Params, config: Config, profile: Profile
-) -> Engine:
-    """The engine of a name: "numpy", "numba", or None for numba where it can be imported.
+    name: str | None,
+    threads: int | None,
+    params: Params,
+    config: Config,
+    profile: Profile,
+    device: Device = CPU,
+) -> Any:
+    """The engine of a name; None for the fastest: numba where it can be imported, or cuda.
 
-    threads: None for as many as there are physical cores. Raises InputError as engine_class and
-    checked_threads do, and for weights that the profile cannot take.
+    threads: of the CPU's, None for as many as there are physical cores. device: on which the
+    params lie. Raises InputError as engine_class and checked_threads do, and for weights that the
+    profile cannot take.
     """
-    kind, threads = engine_class(name), checked_threads(threads)
+    kind, threads = engine_class(name, device), checked_threads(threads)
     if profile.rounded:
         refuse_unrounded(params, config, profile)
+    if device.kind == "cuda":
+        return kind(params, config, profile, device)
     return kind(params, config, profile, Pool(available_cores() if threads is None else threads))
 
 
-def engine_class(name: str | None) -> type[Engine]:
-    """Look an engine up; raise InputError for an unknown name, and for numba where it is not."""
+def engine_class(name: str | None, device: Device = CPU) -> type[Any]:
+    """Look an engine up; raise InputError for one that is none of the device's, or not installed.
+
+    Of a CUDA device, backend.use has been called: CuPy is there.
+    """
+    if device.kind == "cuda":
+        return _cuda_class(name)
     if name not in (None, *ENGINES):
-        raise InputError(f"engine: expected one of {', '.join(ENGINES)}, found {name!r}")
+        of = " (on the cpu)" if name in CUDA_ENGINES else ""
+        raise InputError(f"engine: expected one of {', '.join(ENGINES)}{of}, found {name!r}")
     if name == "numpy" or (name is None and find_spec("numba") is None):
         return Engine
     try:
@@ -116,6 +137,14 @@ def engine_class(name: str | None) -> type[Engine]:
         logging.getLogger("llama3np").warning("llama3np: %s; NumPy computes alone", said)
         return Engine
     return CompiledEngine
+
+
+def _cuda_class(name: str | None) -> type[Any]:
+    if name not in (None, *CUDA_ENGINES):
+        of = ", ".join(CUDA_ENGINES)
+        raise InputError(f"engine: expected one of {of} (on cuda), found {name!r}")
+    module, kind = CUDA_ENGINES[name or "cuda"]
+    return getattr(import_module(module), kind)
 
 
 def checked_threads(threads: int | None) -> int | None:

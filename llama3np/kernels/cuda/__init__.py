@@ -1,0 +1,1 @@
+"""What computes on CUDA devices, over CuPy. Importing a module of this package imports CuPy."""

@@ -1,0 +1,146 @@
+"""The engine "cuda": decode steps through our own kernels, all else over CuPy."""
+
+from __future__ import annotations
+
+from functools import partial
+from math import sqrt
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import cupy as cp
+import numpy as np
+
+from llama3np.backend import Device, host_ids, on
+from llama3np.cache import Cache
+from llama3np.config import Config
+from llama3np.cost import TILE
+from llama3np.errors import InputError
+from llama3np.kernels.cuda import gemm, plain, registry
+from llama3np.kernels.cuda.launch import Strided, launch
+from llama3np.kernels.cuda.plain import CupyEngine, out_of_memory
+from llama3np.kernels.cuda.step import MOST_ROWS, RECORDS, Model, Step
+from llama3np.kernels.cuda.weights import DeviceBlocks, rows_of
+from llama3np.kernels.engine import linear
+from llama3np.numerics import Profile
+from llama3np.params import Params
+
+
+class CudaEngine(CupyEngine):
+    """Calls of one token a row, for 8 rows at most, are a Step; others go by the plain operations,
+    with attention block by block. One thread at a time.
+
+    params: on the device; matrices may be weights.DeviceBlocks.
+    """
+
+    name = "cuda"
+
+    def __init__(self, params: Params, config: Config, profile: Profile, device: Device):
+        super().__init__(params, config, profile, device)
+        multiply = partial(product, rounded=profile.rounded)
+        self.tapped = self.tapped._replace(linear=partial(linear, multiply=multiply))
+        self.model: Model | None = None
+        if profile.dtype == "float32":
+            with on(device):
+                self.model = Model(params, config, profile.rounded)
+        # A step belongs to a cache, which it outlives by nothing: it holds its arrays, not itself.
+        self._steps: WeakKeyDictionary[Cache, Step] = WeakKeyDictionary()
+
+    def untapped(self, cache: Cache) -> Any:
+        """The operations of a call without a tap."""
+        if self.profile.dtype != "float32":
+            return super().untapped(cache)
+        return self.tapped._replace(attention=attention)
+
+    def forward(
+        self, ids_BT: Any, cache: Cache, new_B: Any = None, tap: Any = None, last_only: bool = True
+    ) -> np.ndarray:
+        """model.forward of this model: logits_BTV, on the host."""
+        B, T = np.shape(ids_BT) if np.ndim(ids_BT) == 2 else (0, 0)
+        if T != 1 or tap is not None or not self._steps_through(cache, B):
+            return super().forward(ids_BT, cache, new_B, tap, last_only)
+        ids_BT = host_ids(ids_BT, self.config.vocab_size)
+        with on(self.device):
+            cache.check(self.config, self.profile.dtype)
+            new_B = cache.room((B, 1), new_B)
+            positions_B = np.where(new_B > 0, cache.lengths_B, -1)
+            logits_BV = self._step(cache).forward(ids_BT[:, 0], positions_B)
+            cache.lengths_B = cache.lengths_B + new_B
+        return logits_BV[:, None]
+
+    def greedy(self, ids_B: Any, cache: Cache, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Feed one token a row, then n - 1 times the most probable one that followed.
+
+        Returns the n tokens that followed, ids_nB, and their natural log-probabilities, float64;
+        the last has been chosen but not fed. The host waits once for RECORDS tokens. Raises
+        InputError as forward does, for rows beyond 8, and for logits that are not finite.
+        """
+        ids_B1 = host_ids(np.asarray(ids_B)[:, None], self.config.vocab_size)
+        if not self._steps_through(cache, len(ids_B1)):
+            raise InputError(f"greedy: expected float32 and 1 to {MOST_ROWS} rows, found {len(ids_B1)}")
+        with on(self.device):
+            cache.check(self.config, self.profile.dtype)
+            cache.room((len(ids_B1), n), None)
+            found, last_B = [], ids_B1[:, 0]
+            for start in range(0, n, RECORDS):
+                size = min(RECORDS, n - start)
+                ids_nB, logprobs_nB = self._step(cache).greedy(last_B, cache.lengths_B, size)
+                if not np.isfinite(logprobs_nB).all() or (ids_nB >= self.config.vocab_size).any():
+                    raise InputError("logits: expected finite numbers: the weights are damaged")
+                cache.lengths_B, last_B = cache.lengths_B + size, ids_nB[-1]
+                found.append((ids_nB, logprobs_nB))
+        ids, logprobs = zip(*found, strict=True)
+        return np.concatenate(ids), np.concatenate(logprobs)
+
+    def _steps_through(self, cache: Cache, B: int) -> bool:
+        whole = all(isinstance(a, cp.ndarray) and a.flags.c_contiguous for a in (*cache.k, *cache.v))
+        return self.model is not None and 1 <= B <= MOST_ROWS and B == cache.batch and whole
+
+    def _step(self, cache: Cache) -> Step:
+        """The step of this cache, made anew if its arrays are no longer those it had."""
+        step = self._steps.get(cache)
+        arrays = [*cache.k, *cache.v]
+        if step is None or any(a is not b for a, b in zip(arrays, (*step.k, *step.v), strict=True)):
+            assert self.model is not None
+            try:
+                step = self._steps[cache] = Step(self.model, list(cache.k), list(cache.v))
+            except MemoryError as error:
+                raise out_of_memory(self.device, error) from None
+        return step
+
+
+# ---- the operations of longer calls --------------------------------------------------------------
+
+
+def product(x_MK: Any, w: Any, rounded: bool = False) -> Any:
+    """plain.product, for blocks too: they are widened a tile of rows at a time."""
+    if not isinstance(w, DeviceBlocks):
+        return plain.product(x_MK, w, rounded)
+    N, K = w.shape
+    step = max(1, TILE // K)
+    y_MN, tile = cp.empty((len(x_MK), N), x_MK.dtype), cp.empty((min(step, N), K), np.float32)
+    for start in range(0, N, step):
+        stop = min(start + step, N)
+        rows = rows_of(w, start, stop, tile[: stop - start])
+        gemm.multiply(x_MK, rows.astype(x_MK.dtype, copy=False), y_MN[:, start:stop])
+    return y_MN
+
+
+def attention(q_BTNH: Any, k_BKSH: Any, v_BKSH: Any, positions_BT: Any, see: Any) -> Any:
+    """model.attention of float32 queries by one kernel that holds no scores but a block's.
+
+    Positions rise along each row. see is not called: scores and probs are never there. Raises
+    ValueError for keys and values that do not lie alike, as slots of whole caches do.
+    """
+    if k_BKSH.strides != v_BKSH.strides or k_BKSH.strides[0] != k_BKSH.strides[1] * k_BKSH.shape[1]:
+        raise ValueError("expected keys and values of whole rows of a cache")
+    (B, T, N, H), (K, S) = q_BTNH.shape, k_BKSH.shape[1:3]
+    kernel = registry.prefill_kernel(H, k_BKSH.dtype)
+    queries = dict(kernel.defines)["QUERIES"]
+    y_BTNH = cp.empty((B, T, N, H), np.float32)
+    launch(
+        kernel, (-(-(T * N // K) // queries), K, B), queries * 4,
+        q=cp.ascontiguousarray(q_BTNH), keys=Strided(k_BKSH), values=Strided(v_BKSH),
+        positions=positions_BT, T=T, K=K, G=N // K, slots=S, step=k_BKSH.strides[1] // k_BKSH.itemsize,
+        scale=1 / sqrt(H), y=y_BTNH,
+    )  # fmt: skip
+    return y_BTNH

@@ -1,0 +1,78 @@
+"""The checks of `llama3np selftest` that only a CUDA device has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import cupy
+import numpy as np
+
+from llama3np import selftest
+from llama3np.backend import Device, on, to_host
+from llama3np.kernels.cuda import registry, weights
+from llama3np.kernels.cuda.launch import compiled
+from llama3np.kernels.ggml import decode
+from llama3np.llm import Llama
+
+SHAPES = ((1, 256), (3, 512), (47, 256))  # rows and columns of matrices of blocks
+REPLAYS = 5
+
+
+def kernels(device: Device) -> Iterator[tuple[str, str, selftest.Check]]:
+    """Each kernel of the registry, compiled for this device, within its registers and no spill."""
+    every = list(dict.fromkeys(registry.every_kernel()))
+    for entry in dict.fromkeys(kernel.entry for kernel in every):
+        some = [kernel for kernel in every if kernel.entry == entry]
+        yield "kernels", f"{len(some)} of {entry}", partial(_compile, some, device)
+
+
+def _compile(some: list[registry.Kernel], device: Device) -> str:
+    most = 0
+    for kernel in some:
+        with on(device):
+            built = compiled(kernel)
+            registers, local = built.num_regs, built.local_size_bytes
+        if registers > kernel.registers or local:
+            raise selftest.MismatchError(
+                f"{kernel.name}: {registers} registers ({kernel.registers} allowed), {local} bytes "
+                "of local memory (none allowed)"
+            )
+        most = max(most, registers)
+    return f"compiled; {most} registers at most, no local memory"
+
+
+def rows(device: Device) -> Iterator[tuple[str, str, selftest.Check]]:
+    """Rows of every format of blocks as float32, to the last bit: by stretches and by ids."""
+    for name in selftest.SCALES:
+        yield "rows", name, partial(_rows_of, name, device)
+
+
+def _rows_of(name: str, device: Device) -> str:
+    rng = np.random.default_rng(1)
+    for shape in SHAPES:
+        stored = selftest.blocks(name, shape, rng)
+        expected_NK = decode(name, stored.stored, shape)
+        ids = rng.integers(0, shape[0], (2, 5))
+        with on(device):
+            w = weights.upload(stored)
+            found = to_host(w[:]), to_host(w[cupy.asarray(ids)])
+        for part, expected in zip(found, (expected_NK, expected_NK[ids]), strict=True):
+            if part.shape != expected.shape or (part != expected).any():
+                raise selftest.MismatchError(f"{shape}: rows differ from what the blocks mean")
+    return f"{len(SHAPES)} shapes, the same bits"
+
+
+def replay(device: Device) -> str:
+    """One token again and again: launched kernel by kernel first, then by the captured graph."""
+    config = selftest.WIDE
+    params = selftest.made(config, "BF16", np.random.default_rng(2))
+    llm = Llama(config, params, device=str(device), engine="cuda")
+    cache, logits = llm.new_cache(2, 16), []
+    llm.forward([[1, 2, 3], [4, 5, 6]], cache)
+    for _ in range(REPLAYS):
+        logits.append(llm.forward([[7], [8]], cache, last_only=True))
+        cache.trim(3)
+    if any(again.tobytes() != logits[0].tobytes() for again in logits[1:]):
+        raise selftest.MismatchError("a replayed step has other bits than its launches")
+    return f"{REPLAYS - 1} replays, the same bits"

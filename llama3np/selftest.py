@@ -1,0 +1,284 @@
+"""Does this installation compute what it should, on this machine's processor or GPU?
+
+Models of one layer, in every stored format, head shape and cache type, are held against the spec
+in float64 on NumPy; a real model against NumPy's engine; a CUDA graph against its launches; then
+the machine is measured. Nothing is told that was not seen here: the report says what was run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from llama3np import bench, machine, model
+from llama3np.backend import Device
+from llama3np.cache import KV_DTYPES, new_cache
+from llama3np.config import Config
+from llama3np.errors import InputError
+from llama3np.generate import pad
+from llama3np.kernels import Blocks, stored
+from llama3np.kernels.engine import CUDA_ENGINES, ENGINES
+from llama3np.kernels.ggml import FORMATS, decode
+from llama3np.llm import Llama, load
+from llama3np.params import Params, from_named, named, random
+
+PASS, FAIL = "PASS", "FAIL"
+
+PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+# Where a block has its float16 scale and, of the formats that have one, its minimum.
+SCALES = {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)},
+}
+WIDE = Config(256, 1, 4, 2, 64, 512, 301)  # whole blocks of 256 in every row
+ODD = Config(66, 1, 3, 3, 22, 90, 47, rope_pairing="half", tied=True)  # rows that are not aligned
+HEADS = ((128, 4), (64, 4), (64, 3), (128, 1), (80, 1), (10, 3), (2, 1))  # size, group
+# What 16 bits of a key on the edge between two numbers may do to a logit.
+KV_SLACK = {"f32": 0.0, "f16": 2.0**-12, "bf16": 2.0**-11}
+# How many times the distance of NumPy's float32 from float64 another float32 may be away.
+NOISE, ULP = 8, 2.0**-23
+LOGIT = 1e-3  # absolute, of real models: every single mistake that was tried changes them by more
+ROWS, STEPS = (9, 4, 17, 1, 5, 8, 3, 2), 3
+TEXT = "The first person who walked on the Moon was"
+
+
+class Result(NamedTuple):
+    """What came of one check."""
+
+    part: str  # "formats", "heads", ...
+    name: str
+    outcome: str  # PASS or FAIL
+    detail: str
+
+
+Check = Callable[[], str]  # what was seen, or an exception: a MismatchError, or whatever went wrong
+
+
+class MismatchError(Exception):
+    """What was computed is not what it should be."""
+
+
+def verdict(results: Sequence[Result]) -> str:
+    """PASS if there are results and all of them passed."""
+    return PASS if results and all(r.outcome == PASS for r in results) else FAIL
+
+
+def checks(device: Device, path: str | None) -> Iterator[Result]:
+    """Run every check that the device has; whatever goes wrong in one is its FAIL."""
+    for part, name, check in _all(device, path):
+        try:
+            yield Result(part, name, PASS, check())
+        except Exception as error:
+            said = (
+                str(error)
+                if isinstance(error, MismatchError)
+                else f"{type(error).__name__}: {error}"
+            )
+            yield Result(part, name, FAIL, " ".join(said.split()))
+
+
+def _all(device: Device, path: str | None) -> Iterator[tuple[str, str, Check]]:
+    if device.kind == "cuda":
+        from llama3np.kernels.cuda import selfcheck
+
+        yield from selfcheck.kernels(device)
+        yield from selfcheck.rows(device)
+    engines = engines_of(device)
+    for engine in engines:
+        yield from formats(device, engine)
+        yield from heads(device, engine)
+        for count in (4, 8):
+            about = f"{engine}: {count} ragged rows"
+            yield "batches", about, _case(device, engine, WIDE, ROWS[:count])
+    if device.kind == "cuda":
+        yield "graph", "replay against single launches", partial(selfcheck.replay, device)
+    if path is not None:
+        for engine in engines:
+            yield "model", f"{path}, {engine}", partial(real, path, device, engine)
+
+
+def engines_of(device: Device) -> list[str]:
+    """The engines that are installed for it."""
+    if device.kind == "cuda":
+        return list(CUDA_ENGINES)
+    return [name for name in ENGINES if name != "numba" or find_spec("numba")]
+
+
+# ---- small models --------------------------------------------------------------------------------
+
+
+def formats(device: Device, engine: str) -> Iterator[tuple[str, str, Check]]:
+    """A model of each stored format; of those without blocks, one with odd sizes too."""
+    for name in (*PLAIN, *SCALES):
+        for config in (WIDE, ODD) if name in PLAIN else (WIDE,):
+            about = f"{engine}: {name}, width {config.dim}"
+            yield "formats", about, _case(device, engine, config, ROWS[:1], name)
+
+
+def heads(device: Device, engine: str) -> Iterator[tuple[str, str, Check]]:
+    """Heads of every size and group, both pairings, and keys and values of every type."""
+    for (size, group), pairing in zip(HEADS, ("interleaved", "half") * len(HEADS), strict=False):
+        config = replace(WIDE, n_heads=2 * group, n_kv_heads=2, head_dim=size, rope_pairing=pairing)
+        for kv in KV_DTYPES:
+            about = f"{engine}: size {size}, groups of {group}, {pairing}, {kv}"
+            yield "heads", about, _case(device, engine, config, ROWS[:2], "BF16", kv)
+
+
+def _case(
+    device: Device, engine: str, config: Config, rows: Sequence[int], name: str = "BF16",
+    kv: str = "f32",
+) -> Check:  # fmt: skip
+    return partial(agree, device, engine, config, rows, name, kv)
+
+
+def agree(
+    device: Device, engine: str, config: Config, rows: Sequence[int], name: str, kv: str
+) -> str:
+    """Prefill rows of these lengths, then decode, and compare every logit with the spec's.
+
+    Returns how far they were apart; raises MismatchError if that is more than float32 explains.
+    """
+    rng = np.random.default_rng(0)
+    params = made(config, name, rng)
+    ids = [rng.integers(0, config.vocab_size, n + STEPS).tolist() for n in rows]
+    llm = Llama(config, params, device=str(device), engine=engine, kv_dtype=kv)
+    cache = llm.new_cache(len(rows), max(rows) + STEPS)
+    found = fed(ids, lambda ids_BT, new_B: llm.engine.forward(ids_BT, cache, new_B))
+    exact = spec(params, config, ids, "float64", "float64")
+    single = spec(params, config, ids, "float32", "float32")
+    expected = exact if kv == "f32" else spec(params, config, ids, "float32", KV_DTYPES[kv])
+    scale = np.abs(exact).max()
+    apart = np.abs(found - expected).max() / scale
+    allowed = NOISE * (np.abs(single - exact).max() / scale + ULP) + KV_SLACK[kv]
+    told = f"{apart:.1e} of the largest logit, {allowed:.1e} allowed"
+    if not apart <= allowed:  # NaN is not
+        raise MismatchError(told)
+    return told
+
+
+def fed(ids: list[list[int]], forward: Callable[[Any, Any], np.ndarray]) -> np.ndarray:
+    """The logits after all but the last STEPS ids of each row, and after each of those: (S,B,V)."""
+    prompts = [row[:-STEPS] for row in ids]
+    logits = [forward(*pad(prompts))[:, 0]]
+    ones_B = np.ones(len(ids), np.int64)
+    for step in range(-STEPS, 0):
+        logits.append(forward(np.array([[row[step]] for row in ids]), ones_B)[:, 0])
+    return np.stack(logits)
+
+
+def spec(params: Params, config: Config, ids: list[list[int]], dtype: str, kept: Any) -> np.ndarray:
+    """What model.forward gives in NumPy, with arithmetic, and keys and values, of these dtypes."""
+    weights = stored(params)
+    cache = new_cache(config, len(ids), max(map(len, ids)), kept)
+
+    def forward(ids_BT: Any, new_B: Any) -> np.ndarray:
+        return model.forward(weights, config, ids_BT, cache, new_B, dtype)[0]
+
+    return fed(ids, forward)
+
+
+def made(config: Config, name: str, rng: np.random.Generator) -> Params:
+    """Random weights, all matrices of one stored format."""
+    params = random(config, rng)
+
+    def change(w: Any) -> Any:
+        if w.ndim == 1:
+            return w
+        return w.astype(PLAIN[name]) if name in PLAIN else blocks(name, w.shape, rng)
+
+    changed = {key: change(w) for key, w in named(params, config.tied).items()}
+    return from_named(changed, config)
+
+
+def blocks(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Blocks:
+    """A matrix of random blocks, its weights about as large as those of a model."""
+    form = FORMATS[name]
+    blocks_RC = rng.integers(0, 256, (shape[0] * shape[1] // form.weights, form.nbytes), np.uint8)
+    one = np.array([1], np.float16).view(np.uint8)
+    for at in SCALES[name]:
+        blocks_RC[:, at : at + 2] = one
+    largest = np.abs(decode(name, blocks_RC, (len(blocks_RC), form.weights))).max()
+    for i, at in enumerate(SCALES[name]):
+        sign = -1 if i and name.endswith("_1") else 1  # their minimum is added, of others taken off
+        size = np.float16(sign * rng.uniform(0.05, 0.1) / largest)
+        blocks_RC[:, at : at + 2] = np.array([size]).view(np.uint8)
+    return Blocks(name, blocks_RC.reshape(shape[0], -1))
+
+
+# ---- a real model --------------------------------------------------------------------------------
+
+
+def real(path: str, device: Device, engine: str, new_tokens: int = 16) -> str:
+    """Logits of a text, and greedy ids after it, beside those of NumPy's engine."""
+    found, expected = (
+        _text_of(load(path, where, engine=by, max_seq_len=64), new_tokens)
+        for where, by in ((str(device), engine), ("cpu", "numpy"))
+    )
+    apart = float(np.abs(found[0] - expected[0]).max())
+    told = f"logits {apart:.1e} apart ({LOGIT} allowed)"
+    if not apart <= LOGIT:
+        raise MismatchError(told)
+    if found[1] != expected[1]:
+        raise MismatchError(f"{told}; greedy ids {found[1]}, expected {expected[1]}")
+    return f"{told}; {len(found[1])} greedy ids the same"
+
+
+def _text_of(llm: Llama, new_tokens: int) -> tuple[np.ndarray, list[int]]:
+    ids = llm.encode(TEXT) if llm.tokenizer else bench.prompt_ids(9, llm.config.vocab_size)
+    (done,) = llm.generate([ids], new_tokens, stop_ids=())
+    return llm.forward(ids, last_only=True)[0, 0], done.ids
+
+
+# ---- measurements --------------------------------------------------------------------------------
+
+
+def facts(device: Device) -> dict[str, Any]:
+    """What the report begins with: versions, the machine, the device."""
+    known = {"versions": machine.versions(), "processor": machine.processor(), "when": time.time()}
+    if device.kind == "cuda":
+        from llama3np.kernels.cuda.limits import describe
+
+        known["gpu"] = describe(device)
+    return {"device": str(device), **known}
+
+
+def measurements(
+    device: Device, path: str | None, plan: bench.Plan | None = None
+) -> dict[str, Any]:
+    """The device's rates, and of a real model what `llama3np bench` measures."""
+    if device.kind == "cuda":
+        from llama3np.kernels.cuda.limits import DeviceLimits
+
+        limits: Any = DeviceLimits(device)
+        measured = {"launch_us": limits.launch_us()}
+    else:
+        from llama3np.threads import Pool, available_cores
+
+        limits, measured = machine.Limits(Pool(available_cores())), {}
+    measured |= {"read_gb_s": limits.read_gb_s(), "sgemm_gflop_s": limits.sgemm_gflop_s()}
+    del limits  # and the gigabyte that it holds
+    if path is None:
+        return measured
+    llm = load(path, str(device))
+    return measured | {"bench": bench.measure(llm, plan or bench.plan(llm.max_seq_len, rounds=3))}
+
+
+def default_model() -> str | None:
+    """The model that is installed beside the package, if any."""
+    from llama3np.load.installed import MODELS, resolve
+
+    for name in MODELS:
+        try:
+            if resolve(name).exists():
+                return name
+        except InputError:
+            continue
+    return None

@@ -1,0 +1,630 @@
+"""Every CUDA kernel against its plain expression in float64, over the shapes where kernels break."""
+
+from math import sqrt
+
+import devices
+import ml_dtypes
+import numpy as np
+import pytest
+from checks import assert_same
+from cuda_kernels import ULP, assert_within, random_weight, strict, widths
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import pairings, seeds
+
+from llama3np import model as spec
+from llama3np.kernels import Joined, ggml
+from llama3np.kernels.half import Half
+
+cp = pytest.importorskip("cupy")
+
+from llama3np.kernels.cuda import engine, registry  # noqa: E402
+from llama3np.kernels.cuda.launch import launch  # noqa: E402
+from llama3np.kernels.cuda.registry import BATCHES, CACHED, FORMATS, STRETCH  # noqa: E402
+from llama3np.kernels.cuda.step import pitch_of, whole  # noqa: E402
+from llama3np.kernels.cuda.weights import (  # noqa: E402
+    DeviceBlocks, aligned, format_of, repack, rows_of, stored, taken, unpack, upload,
+)  # fmt: skip
+
+pytestmark = [pytest.mark.cuda, pytest.mark.gpu]
+
+QUANTISED = FORMATS[3:]
+# To compile a product takes seconds: two formats are tried with every batch, others with one of them.
+WITH_BATCH = [
+    (format, batch)
+    for i, format in enumerate(FORMATS)
+    for j, batch in enumerate(BATCHES)
+    if format in ("BF16", "Q4_K") or i % 4 == j
+]
+each_format = pytest.mark.parametrize("format", FORMATS)
+each_product = pytest.mark.parametrize("kind", WITH_BATCH, ids=lambda kind: f"{kind[0]}-{kind[1]}")
+HEADS = [(2, 1), (10, 3), (64, 3), (128, 4), (24, 12)]  # (head size, group)
+counts = st.integers(1, 70)
+
+
+def device_rows(x_MK, M):
+    """Vectors on the device as kernels take them: rows of whole fours, M of them."""
+    out_MP = cp.zeros((M, pitch_of(x_MK.shape[1])), np.float32)
+    out_MP[: len(x_MK), : x_MK.shape[1]] = cp.asarray(x_MK)
+    return out_MP
+
+
+def shapes(draw, format):
+    """(N, K) with rows beyond a block's and columns beyond a tile's, or less than one of either."""
+    step = draw(st.sampled_from([1, 8])) if widths(format) == 1 else widths(format)
+    most = {1: 1300, 8: 300, 32: 80, 256: 9}[step]
+    return draw(st.integers(1, 70)), step * draw(st.integers(1, most))
+
+
+# ---- launching -----------------------------------------------------------------------------------
+
+
+def widen_arguments(**changed):
+    w, out = cp.zeros((3, 4), np.float32), cp.empty((2, 4), np.float32)
+    return {"w": w, "N": 3, "K": 4, "start": 0, "out": out, "pitch": 4} | changed
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("N", 3.0), ("N", True), ("N", 2**31), ("N", None), ("N", np.float32(3)),
+        ("out", np.zeros(8, np.float32)), ("out", [0.0]), ("w", "array16"), ("w", "gaps"),
+    ],
+)  # fmt: skip
+def test_a_wrong_argument_is_a_type_error_that_names_it(name, value):
+    made = {"array16": cp.zeros((3, 4), np.float16), "gaps": cp.zeros((3, 8), np.float32)[:, ::2]}
+    value = made[value] if isinstance(value, str) else value
+    with pytest.raises(TypeError, match=rf"^widen: {name}: expected"):
+        launch(registry.row_kernel("widen", "F32"), (1,), 32, **widen_arguments(**{name: value}))
+
+
+def test_missing_and_unknown_parameters_are_named():
+    kernel = registry.row_kernel("widen", "F32")
+    arguments = widen_arguments()
+    del arguments["start"]
+    with pytest.raises(TypeError, match=r"^widen: start: expected parameters w, N, K, start"):
+        launch(kernel, (1,), 32, **arguments)
+    with pytest.raises(TypeError, match=r"^widen: stop: "):
+        launch(kernel, (1,), 32, **widen_arguments(stop=1))
+
+
+def test_a_python_float_reaches_a_float_parameter():
+    """CuPy alone would pass it as a double, of which the kernel reads the wrong half."""
+    types = {p.name: (p.dtype, p.array) for p in _project("F32", 1).parameters}
+    assert types["eps"] == (np.float32, False)
+    assert types["N0"] == (np.int32, False)
+    assert types["w0"] == types["x"] == (np.float32, True)
+    assert {p.dtype for p in _project("BF16", 1).parameters if p.name == "w0"} == {
+        np.dtype(ml_dtypes.bfloat16)
+    }
+
+
+def test_every_parameter_of_every_kernel_is_read_from_its_prototype():
+    for kernel in registry.every_kernel():
+        text = kernel.source.partition(f" {kernel.entry}(")[2].partition(")")[0]
+        assert len(kernel.parameters) == text.count(",") + 1, kernel.name
+
+
+# ---- how weights lie -----------------------------------------------------------------------------
+
+
+@given(st.sampled_from(QUANTISED), st.integers(1, 5), st.integers(1, 4), seeds)
+def test_blocks_laid_out_for_the_device_come_back(format, n_rows, blocks, seed):
+    form = ggml.FORMATS[format]
+    rng = np.random.default_rng(seed)
+    stored_NC = rng.integers(0, 256, (n_rows, blocks * form.nbytes), np.uint8)
+    packed = repack(format, stored_NC)
+    assert packed.nbytes == stored_NC.nbytes
+    assert_same(unpack(format, packed, n_rows), stored_NC, format)
+
+
+@each_format
+@given(data=st.data(), seed=seeds)
+def test_rows_on_the_device_have_the_bits_of_ggml(format, data, seed):
+    rng = np.random.default_rng(seed)
+    K = widths(format) * data.draw(st.integers(1, 3))
+    w, w_NK = random_weight(format, data.draw(st.integers(1, 9)), K, rng)
+    start = data.draw(st.integers(0, len(w_NK)))
+    stop = data.draw(st.integers(start, len(w_NK)))
+    ids = rng.integers(0, len(w_NK), (2, 3))
+    with strict():
+        on_device = upload(w)
+        assert format_of(on_device) == format
+        assert on_device.nbytes == (w.nbytes if format in QUANTISED else w_NK.astype(w.dtype).nbytes)
+        assert_same(rows_of(on_device, start, stop).get(), w_NK[start:stop], "rows")
+        assert_same(taken(on_device, cp.asarray(ids[0])).get(), w_NK[ids[0]], "taken")
+        if isinstance(on_device, DeviceBlocks):
+            assert_same(on_device[cp.asarray(ids)].get(), w_NK[ids], "w[ids]")
+            assert_same(on_device[start:].get(), w_NK[start:], "w[start:]")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_every_16_bit_number_is_widened_exactly(dtype):
+    bits = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    if dtype == ml_dtypes.bfloat16:  # its subnormals are float32's, which the kernels' compiler flushes
+        bits = np.where((bits & 0x7F80) == 0, bits & 0x8000, bits).astype(np.uint16)
+    found = rows_of(upload(bits.view(dtype)), 0, 256).get()
+    np.testing.assert_array_equal(found, bits.view(dtype).astype(np.float32))
+
+
+def test_what_a_loader_hands_over_is_uploaded_as_it_is():
+    w_NK = np.arange(24, dtype=np.float16).reshape(4, 6)
+    for w in (w_NK, Half(w_NK), Joined([w_NK[:2], w_NK[2:]], 0), w_NK.T.copy().T):
+        assert_same(upload(w).get(), w_NK, "upload")
+
+
+# ---- products ------------------------------------------------------------------------------------
+
+
+def _project(format, batch, rows_aligned=True):
+    return registry.weight_kernel("project", format, rows_aligned, batch)
+
+
+def vectors(draw, K, M, seed):
+    """M vectors of different lengths, the last of them nothing but large numbers."""
+    rng = np.random.default_rng(seed)
+    x_MK = rng.standard_normal((draw(st.integers(1, M)), K)).astype(np.float32)
+    return x_MK * np.geomspace(0.1, 10, len(x_MK), dtype=np.float32)[:, None]
+
+
+def squares_of(x_MK, M, parts):
+    """Sums of squares in parts, as the kernel "add" leaves them."""
+    out_MI = np.zeros((M, parts), np.float32)
+    cuts = np.linspace(0, x_MK.shape[1], parts + 1).astype(int)
+    for i in range(parts):
+        out_MI[: len(x_MK), i] = (x_MK[:, cuts[i] : cuts[i + 1]] ** 2).sum(axis=1)
+    return cp.asarray(out_MI)
+
+
+def normed_arguments(x_MK, M, norm_K, eps, parts, rounded=0):
+    x = device_rows(x_MK, M)
+    return {
+        "x": x, "x_pitch": x.shape[1], "K": x_MK.shape[1], "norm": whole(cp.asarray(norm_K)),
+        "squares": squares_of(x_MK, M, parts), "parts": parts, "eps": eps, "rounded": rounded,
+    }  # fmt: skip
+
+
+def normed(x_MK, norm_K, eps):
+    """RMSNorm in float64, of float32 numbers."""
+    return spec.rms_norm(x_MK.astype(np.float64), norm_K.astype(np.float64), eps)
+
+
+def dot_bound(x_MK, w_NK, extra=24):
+    """For products: K sums, at most, and what norm and decoding round; of blocks, by their largest.
+
+    A weight scale * q - minimum is a difference: it is as exact as the largest of its row.
+    """
+    largest_NK = np.broadcast_to(np.abs(w_NK).max(axis=1, keepdims=True), w_NK.shape)
+    K = x_MK.shape[1]
+    return 1.01 * (K / 32 + extra) * ULP * (np.abs(x_MK) @ largest_NK.T.astype(np.float64))
+
+
+@each_product
+@given(data=st.data(), seed=seeds, eps=st.sampled_from([1e-6, 0.5]))
+def test_project_is_a_product_with_the_normed_vectors(kind, data, seed, eps):
+    """For one to three weights in one launch, of any number of rows."""
+    (format, M), rng = kind, np.random.default_rng(seed)
+    N, K = shapes(data.draw, format)
+    x_MK = vectors(data.draw, K, M, seed)
+    norm_K = rng.uniform(0.5, 2.0, K).astype(np.float32)
+    sizes = [N, *data.draw(st.lists(counts, max_size=2))]
+    weights = [random_weight(format, n, K, rng) for n in sizes]
+    with strict():
+        on_device = [upload(w) for w, _ in weights]
+        kernel = _project(format, M, all(map(aligned, on_device)))
+        y = cp.full((M, sum(sizes) + 3), 7, np.float32)
+        starts = np.cumsum([0, *sizes])
+        parts = {}
+        for j in range(3):
+            used = j < len(sizes)
+            w = stored(on_device[j if used else 0])
+            parts |= {f"w{j}": w, f"N{j}": sizes[j] if used else 0, f"y{j}": starts[j] if used else 0}
+        blocks = sum(-(-n // registry.block_rows(kernel)) for n in sizes)
+        arguments = normed_arguments(x_MK, M, norm_K, eps, parts=data.draw(st.integers(1, 40)))
+        launch(kernel, (blocks,), 256, **parts, **arguments, y=y, y_pitch=y.shape[1])
+    w_NK = np.concatenate([w for _, w in weights])
+    exact = normed(x_MK, norm_K, eps)
+    found = y.get()[: len(x_MK)]
+    assert_within(found[:, :-3], exact @ w_NK.T.astype(np.float64), dot_bound(exact, w_NK), format)
+    assert (found[:, -3:] == 7).all()
+
+
+@each_product
+@given(data=st.data(), seed=seeds)
+def test_gate_up_is_swiglu_of_both_products(kind, data, seed):
+    (format, M), rng = kind, np.random.default_rng(seed)
+    N, K = shapes(data.draw, format)
+    x_MK = vectors(data.draw, K, M, seed)
+    norm_K = rng.uniform(0.5, 2.0, K).astype(np.float32)
+    (gate, gate_NK), (up, up_NK) = (random_weight(format, N, K, rng) for _ in range(2))
+    with strict():
+        gate, up = upload(gate), upload(up)
+        kernel = registry.weight_kernel("gate_up", format, aligned(gate), M)
+        y = cp.full((M, N + 2), 7, np.float32)
+        arguments = normed_arguments(x_MK, M, norm_K, 1e-5, 3)
+        grid = (-(-N // registry.block_rows(kernel)),)
+        launch(
+            kernel, grid, 256, gate=stored(gate), up=stored(up), N=N, **arguments, y=y,
+            y_pitch=N + 2,
+        )  # fmt: skip
+    exact = normed(x_MK, norm_K, 1e-5)
+    gate_MN, up_MN = (exact @ w.T.astype(np.float64) for w in (gate_NK, up_NK))
+    gate_bound, up_bound = dot_bound(exact, gate_NK), dot_bound(exact, up_NK)
+    expected = spec.swiglu(gate_MN, up_MN)
+    silu = np.abs(spec.swiglu(gate_MN, np.ones_like(up_MN)))  # whose slope is at most 1.1
+    bound = 1.1 * gate_bound * (np.abs(up_MN) + up_bound) + silu * up_bound
+    found = y.get()[: len(x_MK)]
+    assert_within(found[:, :N], expected, bound + 16 * ULP * np.abs(expected), format)
+    assert (found[:, N:] == 7).all()
+
+
+@each_product
+@given(data=st.data(), seed=seeds)
+def test_add_adds_a_product_and_leaves_sums_of_squares(kind, data, seed):
+    (format, M), rng = kind, np.random.default_rng(seed)
+    N, K = shapes(data.draw, format)
+    x_MK = vectors(data.draw, K, M, seed)
+    old_MN = rng.standard_normal((len(x_MK), N)).astype(np.float32)
+    w, w_NK = random_weight(format, N, K, rng)
+    with strict():
+        w, x, y = upload(w), device_rows(x_MK, M), device_rows(old_MN, M)
+        kernel = registry.weight_kernel("add", format, aligned(w), M)
+        blocks = -(-N // registry.block_rows(kernel))
+        squares = cp.zeros((M, blocks * registry.square_parts(kernel)), np.float32)
+        launch(
+            kernel, (blocks,), 256, w=stored(w), N=N, K=K, x=x, x_pitch=x.shape[1], rounded=0, y=y,
+            y_pitch=y.shape[1], squares=squares,
+        )  # fmt: skip
+    found_MN = y.get()[: len(x_MK), :N]
+    wide = x_MK.astype(np.float64)
+    expected = old_MN + wide @ w_NK.T.astype(np.float64)
+    assert_within(found_MN, expected, dot_bound(wide, w_NK) + ULP * np.abs(expected), format)
+    exact = (found_MN.astype(np.float64) ** 2).sum(axis=1)
+    found = squares.get()[: len(x_MK)].astype(np.float64).sum(axis=1)
+    assert_within(found, exact, 20 * ULP * exact, "squares")
+    assert (y.get()[:, N:] == 0).all()
+
+
+@given(st.sampled_from(["F32", "BF16"]), st.data(), seeds)
+def test_rounded_products_are_those_of_bf16_vectors(format, data, seed):
+    """Rounded once, to nearest, after the norm; and as they are without one."""
+    rng = np.random.default_rng(seed)
+    N, K = shapes(data.draw, format)
+    x_MK = vectors(data.draw, K, 1, seed)
+    w, w_NK = random_weight(format, N, K, rng)
+    with strict():
+        w, x, y = upload(w), device_rows(x_MK, 1), cp.zeros((1, pitch_of(N)), np.float32)
+        kernel = registry.weight_kernel("add", format, aligned(w), 1)
+        blocks = -(-N // registry.block_rows(kernel))
+        squares = cp.zeros(blocks * registry.square_parts(kernel), np.float32)
+        launch(
+            kernel, (blocks,), 256, w=stored(w), N=N, K=K, x=x, x_pitch=x.shape[1], rounded=1, y=y,
+            y_pitch=y.shape[1], squares=squares,
+        )  # fmt: skip
+    wide = x_MK.astype(ml_dtypes.bfloat16).astype(np.float64)
+    assert_within(y.get()[:, :N], wide @ w_NK.T.astype(np.float64), dot_bound(wide, w_NK), format)
+
+
+@given(st.sampled_from(["F32", "BF16", "Q8_0", "Q4_K"]), st.data(), seeds)
+def test_a_vector_has_the_same_bits_alone_and_in_a_batch(format, data, seed):
+    rng = np.random.default_rng(seed)
+    N, K = shapes(data.draw, format)
+    x_MK = rng.standard_normal((4, K)).astype(np.float32)
+    w, _ = random_weight(format, N, K, rng)
+    w = upload(w)
+    results = {}
+    for M in (1, 4):
+        kernel = registry.weight_kernel("add", format, aligned(w), M)
+        blocks = -(-N // registry.block_rows(kernel))
+        x, y = device_rows(x_MK[:M], M), cp.ones((M, pitch_of(N)), np.float32)
+        squares = cp.zeros((M, blocks * registry.square_parts(kernel)), np.float32)
+        launch(
+            kernel, (blocks,), 256, w=stored(w), N=N, K=K, x=x, x_pitch=x.shape[1], rounded=0, y=y,
+            y_pitch=y.shape[1], squares=squares,
+        )  # fmt: skip
+        results[M] = y.get()[0], squares.get()[0, : -(-N // 16)]
+    for alone, together in zip(results[1], results[4], strict=True):
+        assert_same(together, alone, format)
+
+
+@given(st.integers(1, 600), st.integers(1, 3), seeds)
+def test_swiglu_of_two_buffers(N, M, seed):
+    gate_MN, up_MN = np.random.default_rng(seed).standard_normal((2, M, N)).astype(np.float32) * 30
+    gate_MN[:, 0] = -200  # where e^-x would overflow
+    with strict():
+        y, other = device_rows(gate_MN, M), device_rows(up_MN, M)
+        sizes = {"N": N, "pitch": y.shape[1]}
+        launch(registry.SWIGLU, (-(-N // 256), M), 256, y=y, other=other, **sizes)
+    expected = spec.swiglu(gate_MN.astype(np.float64), up_MN.astype(np.float64))
+    assert_within(y.get()[:, :N], expected, 16 * ULP * np.abs(expected) + 1e-30, "swiglu")
+
+
+# ---- embedding -----------------------------------------------------------------------------------
+
+
+@each_format
+@given(data=st.data(), seed=seeds)
+def test_embed_looks_rows_up_and_sums_their_squares(format, data, seed):
+    rng = np.random.default_rng(seed)
+    N, K = shapes(data.draw, format)
+    ids = np.array([N - 1, 0, *data.draw(st.lists(st.integers(0, N - 1), max_size=3))], np.int32)
+    w, w_NK = random_weight(format, N, K, rng)
+    with strict():
+        w, h = upload(w), cp.full((len(ids), pitch_of(K)), 7, np.float32)
+        squares = cp.zeros(len(ids), np.float32)
+        launch(
+            registry.row_kernel("embed", format), (len(ids),), 256, w=stored(w), N=N, K=K,
+            tokens=cp.asarray(ids), h=h, pitch=h.shape[1], squares=squares,
+        )  # fmt: skip
+    assert_same(h.get()[:, :K], w_NK[ids], "h")
+    assert (h.get()[:, K:] == 7).all()
+    exact = (w_NK[ids].astype(np.float64) ** 2).sum(axis=1)
+    assert_within(squares.get(), exact, (K / 256 + 20) * ULP * exact, "squares")
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+@st.composite
+def caches(draw):
+    """(head size, group, K, slots, positions of the rows, dtype): lengths at the edges of stretches."""
+    head, group = draw(st.sampled_from(HEADS))
+    edges = st.sampled_from([-1, 0, 1, STRETCH - 1, STRETCH, 2 * STRETCH, 2 * STRETCH + 5])
+    positions = draw(st.lists(edges | st.integers(-1, 600), min_size=1, max_size=3))
+    slots = max(*positions, 0) + draw(st.integers(1, 300))
+    return head, group, draw(st.integers(1, 2)), slots, positions, draw(st.sampled_from(CACHED))
+
+
+def numbers(rng, shape, dtype):
+    """Standard normal numbers that this dtype holds exactly."""
+    return rng.standard_normal(shape).astype(dtype)
+
+
+@given(caches(), pairings, seeds)
+def test_turn_is_rope_and_a_write_to_the_cache(cache, pairing, seed):
+    H, G, K, slots, positions, dtype = cache
+    rng, M, N = np.random.default_rng(seed), len(positions), G * K
+    qkv = numbers(rng, (M, (N + 2 * K) * H), np.float32)
+    angles_SP = rng.uniform(-4, 4, (slots, H // 2)).astype(np.float32)
+    cos_SP, sin_SP = np.cos(angles_SP), np.sin(angles_SP)
+    old = numbers(rng, (2, M, K, slots, H), dtype)
+    kernel = registry.attention_kernel("turn", H, G, dtype, pairing)
+    with strict():
+        turned, keys, values = device_rows(qkv, M), cp.asarray(old[0]), cp.asarray(old[1])
+        launch(
+            kernel, (N + 2 * K, M), 64, qkv=turned, pitch=turned.shape[1], N=N, K=K,
+            cos_SP=cp.asarray(cos_SP), sin_SP=cp.asarray(sin_SP),
+            positions=cp.asarray(np.array(positions, np.int32)), keys=keys, values=values, slots=slots,
+        )  # fmt: skip
+    heads = qkv.reshape(M, 1, N + 2 * K, H)
+    at = np.maximum(positions, 0)
+    tables = cos_SP[at][:, None].astype(np.float64), sin_SP[at][:, None].astype(np.float64)
+    expected = spec.rope(heads.astype(np.float64), *tables, pairing)[:, 0]
+    live = np.array(positions) >= 0
+    found = turned.get()[:, : N * H].reshape(M, N, H)
+    bound = 4 * ULP * (np.abs(heads[:, 0, :N]).max(axis=-1, keepdims=True) * 1.5)
+    assert_within(found[live], expected[live, :N], np.broadcast_to(bound, found.shape)[live], "q")
+    assert_same(found[~live], heads[~live, 0, :N], "an idle row's q")
+    _assert_written(keys.get(), old[0], expected[:, N : N + K], positions, "keys")
+    exact = heads[:, 0, N + K :].astype(dtype).astype(np.float64)
+    _assert_written(values.get(), old[1], exact, positions, "values", exactly=True)
+
+
+def _assert_written(found, old, new_MKH, positions, what, exactly=False):
+    """At each row's position the new numbers, rounded once; all others as they were."""
+    half_unit = {np.dtype(np.float32): 2.0**-24, np.dtype(np.float16): 2.0**-11}
+    for m, position in enumerate(positions):
+        kept = np.arange(found.shape[2]) != position
+        assert_same(found[m][:, kept], old[m][:, kept], what)
+        if position >= 0:
+            rounding = half_unit.get(found.dtype, 2.0**-8) * 1.001
+            bound = 0 if exactly else np.abs(new_MKH[m]) * rounding + 4 * ULP * 6
+            assert_within(found[m][:, position], new_MKH[m], bound, what)
+
+
+@pytest.mark.parametrize("dtype", CACHED[1:])
+def test_numbers_are_rounded_to_the_cache_as_numpy_does(dtype):
+    """Ties, subnormals, the largest, infinity: through the values of one head."""
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2**32, 4096, dtype=np.uint32)
+    halves = np.arange(2**16, dtype=np.uint16).view(dtype).astype(np.float32)
+    with np.errstate(all="ignore"):
+        between = (halves[:-1].astype(np.float64) + halves[1:]) / 2
+        numbers = np.concatenate([bits.view(np.float32), halves, between.astype(np.float32)])
+        numbers = numbers[~(np.abs(numbers) < 2.0**-126) | (numbers == 0)]  # flushed by the compiler
+        numbers = np.append(numbers, np.zeros(-numbers.size % 64, np.float32)).reshape(-1, 64)
+        expected = numbers.astype(dtype)
+    M = len(numbers)
+    kernel = registry.attention_kernel("turn", 64, 1, dtype, "half")
+    qkv = cp.asarray(np.concatenate([np.zeros_like(numbers)] * 2 + [numbers], axis=1))
+    keys, values = (cp.zeros((M, 1, 1, 64), dtype) for _ in range(2))
+    table = cp.zeros((1, 32), np.float32)
+    launch(
+        kernel, (3, M), 64, qkv=qkv, pitch=192, N=1, K=1, cos_SP=table, sin_SP=table,
+        positions=cp.zeros(M, np.int32), keys=keys, values=values, slots=1,
+    )  # fmt: skip
+    found = values.get()[:, 0, 0]
+    np.testing.assert_array_equal(found.astype(np.float32), expected.astype(np.float32))
+
+
+def decode_attention(q_MNH, keys, values, positions, G, sched=0):
+    """attend and combine, on strict memory: (M, N, H)."""
+    (M, N, H), (K, slots) = q_MNH.shape, keys.shape[1:3]
+    kernel = registry.attention_kernel("attend", H, G, keys.dtype, "half")
+    stretches = -(-slots // STRETCH)
+    with strict(sched):
+        qkv = device_rows(q_MNH.reshape(M, -1), M)
+        out = cp.full((M, N, stretches, H), np.nan, np.float32)
+        peaks, sums = (cp.full((M, N, stretches), np.nan, np.float32) for _ in range(2))
+        at = cp.asarray(np.array(positions, np.int32))
+        parts = {"out": out, "peaks": peaks, "sums": sums, "positions": at}
+        launch(
+            kernel, (stretches, K * registry.query_shares(kernel), M), 128, **parts, qkv=qkv,
+            pitch=qkv.shape[1], keys=cp.asarray(keys), values=cp.asarray(values), K=K, slots=slots,
+            scale=1 / sqrt(H),
+        )  # fmt: skip
+        y = cp.full((M, N * H), 7, np.float32)
+        combine = registry.attention_kernel("combine", H, G, keys.dtype, "half")
+        launch(combine, (N, M), 64, **parts, stretches=stretches, y=y, pitch=N * H)
+        return y.get().reshape(M, N, H)
+
+
+def exact_attention(q_MNH, keys, values, positions):
+    """(values, and the largest |value| that each mean is made of), in float64, row by row."""
+    M, N, H = q_MNH.shape
+    found, largest = np.zeros((2, M, N, H))
+    for m, position in enumerate(positions):
+        if position < 0:
+            continue
+        k, v = (a[m : m + 1, :, : position + 1].astype(np.float64) for a in (keys, values))
+        at = np.array([[position]])
+        q = q_MNH[m : m + 1, None].astype(np.float64)
+        found[m] = spec.attention(q, k, v, at, lambda name, array: None)[0, 0]
+        largest[m] = np.abs(v).max()
+    return found, largest
+
+
+def attention_bound(q_MNH, keys, positions, largest):
+    """Scores are sums of H terms; an error of theirs moves a power, and a mean by two of it."""
+    most = max(1, max(positions) + 1)
+    shown = np.abs(keys[:, :, :most].astype(np.float64)).max(initial=0, where=~np.isnan(
+        keys[:, :, :most].astype(np.float64)))  # fmt: skip
+    H = q_MNH.shape[-1]
+    score_error = (H + 4) * ULP * np.abs(q_MNH).max() * shown * sqrt(H)
+    return (2 * score_error + (most / 8 + 40) * ULP) * largest + 1e-30
+
+
+@given(caches(), seeds)
+def test_decode_attention_is_that_of_the_spec(cache, seed):
+    """For every grouping; what lies beyond a row's position is not even a number here."""
+    H, G, K, slots, positions, dtype = cache
+    rng, M = np.random.default_rng(seed), len(positions)
+    q_MNH = numbers(rng, (M, G * K, H), np.float32)
+    keys, values = (numbers(rng, (M, K, slots, H), dtype) for _ in range(2))
+    for m, position in enumerate(positions):
+        keys[m, :, position + 1 :] = values[m, :, position + 1 :] = np.nan
+    found = decode_attention(q_MNH, keys, values, positions, G)
+    expected, largest = exact_attention(q_MNH, keys, values, positions)
+    bound = attention_bound(q_MNH, keys, positions, largest)
+    assert_within(found, expected, bound, "attention")
+    idle = np.array(positions) < 0
+    assert (found[idle] == 0).all()
+
+
+@given(caches(), seeds)
+def test_large_scores_do_not_overflow(cache, seed):
+    """Scores of hundreds, the largest in whichever stretch."""
+    H, G, K, slots, positions, dtype = cache
+    rng, M = np.random.default_rng(seed), len(positions)
+    q_MNH = numbers(rng, (M, G * K, H), np.float32) * 30
+    keys, values = (numbers(rng, (M, K, slots, H), dtype) for _ in range(2))
+    found = decode_attention(q_MNH, keys, values, positions, G)
+    expected, largest = exact_attention(q_MNH, keys, values, positions)
+    assert_within(found, expected, attention_bound(q_MNH, keys, positions, largest), "attention")
+
+
+@given(st.sampled_from(HEADS), st.sampled_from(CACHED), st.data(), seeds)
+def test_prefill_attention_is_that_of_the_spec(heads, dtype, data, seed):
+    """For ragged rows at different positions, of a cache that has room for more."""
+    (H, G), K, B = heads, data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
+    T = data.draw(st.integers(1, 40))
+    rng = np.random.default_rng(seed)
+    lengths = np.array(data.draw(st.lists(st.integers(0, 50), min_size=B, max_size=B)))
+    new_B = np.array(data.draw(st.lists(st.integers(1, T), min_size=B, max_size=B)))
+    S = int((lengths + new_B).max())
+    q_BTNH = numbers(rng, (B, T, G * K, H), np.float32)
+    room = S + data.draw(st.integers(0, 9))
+    keys, values = (numbers(rng, (B, K, room, H), dtype) for _ in "kv")
+    positions_BT = lengths[:, None] + np.arange(T)
+    with strict():
+        k, v = cp.asarray(keys)[:, :, :S], cp.asarray(values)[:, :, :S]
+        found = engine.attention(cp.asarray(q_BTNH), k, v, cp.asarray(positions_BT), None).get()
+    wide = (a.astype(np.float64) for a in (q_BTNH, keys[:, :, :S], values[:, :, :S]))
+    expected = spec.attention(*wide, positions_BT, lambda name, array: None)
+    bound = attention_bound(q_BTNH[:, 0], keys, [S - 1], np.abs(values.astype(np.float64)).max())
+    for b in range(B):
+        assert_within(found[b, : new_B[b]], expected[b, : new_B[b]], bound, f"row {b}")
+
+
+# ---- choosing ------------------------------------------------------------------------------------
+
+
+def choose(logits_MV, parts, sched=0):
+    """pick and settle: (id, sum of powers) of each row, and what they leave for the next step."""
+    M, V = logits_MV.shape
+    with strict(sched):
+        best = {
+            "peaks": cp.zeros((M, parts), np.float32),
+            "ids": cp.zeros((M, parts), np.int32),
+            "sums": cp.zeros((M, parts), np.float64),
+        }
+        left = {
+            "tokens": cp.full(M, 5, np.int32),
+            "positions": cp.asarray(np.arange(M, dtype=np.int32) - 1),  # row 0 is idle
+            "records": cp.zeros((2, M, 2), np.float64),
+            "count": cp.ones(1, np.int32),
+        }
+        launch(
+            registry.token_kernel("pick"), (parts, M), 256, logits=cp.asarray(logits_MV), V=V, **best
+        )
+        settle = registry.token_kernel("settle")
+        launch(settle, (1,), 32 * M, **best, **left, parts=parts, V=V, room=2)
+        return {name: array.get() for name, array in left.items()}
+
+
+@given(st.integers(1, 3000), st.integers(1, 8), st.integers(1, 40), st.data(), seeds)
+def test_the_largest_logit_is_chosen_the_lowest_id_first(V, M, parts, data, seed):
+    """Wherever it is: the last one, ties within a thread, a warp, a block and between blocks."""
+    logits_MV = np.random.default_rng(seed).integers(-9, 9, (M, V)).astype(np.float32)
+    for row_V in logits_MV:
+        ids = data.draw(st.lists(st.sampled_from([0, V - 1, V // 2, (V - 1) // 3]), max_size=2))
+        row_V[ids] = 9
+    found = choose(logits_MV, parts)
+    expected = logits_MV.argmax(axis=1)
+    wide = logits_MV.astype(np.float64)
+    assert found["records"][1, :, 0].tolist() == expected.tolist()
+    sums = np.exp(wide - wide.max(axis=1, keepdims=True)).sum(axis=1)
+    assert_within(found["records"][1, :, 1], sums, 40 * ULP * sums, "sum of powers")
+    assert found["tokens"].tolist() == [5, *expected[1:].tolist()]
+    assert found["positions"].tolist() == [-1, *range(1, M)]
+    assert (found["records"][0] == 0).all()
+    assert found["count"].tolist() == [2]
+
+
+def test_logits_that_are_not_numbers_leave_a_token_that_is_one():
+    logits_MV = np.full((2, 70), np.nan, np.float32)
+    found = choose(logits_MV, 32)
+    assert found["tokens"].tolist() == [5, 69]
+    assert np.isnan(found["records"][1, :, 1]).all()
+
+
+def test_orders_of_the_host_are_obeyed():
+    with strict():
+        orders = cp.asarray(np.array([[3, 4, 5, 0], [7, 0, 9, -1]], np.int32))
+        found = {name: cp.full(4, 8, np.int32) for name in ("tokens", "positions")}
+        count = cp.full(1, 8, np.int32)
+        launch(registry.token_kernel("obey"), (1,), 4, orders=orders, **found, count=count)
+    assert [found["tokens"].tolist(), found["positions"].tolist()] == orders.tolist()
+    assert count.tolist() == [0]
+
+
+# ---- schedules -----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(devices.kind != devices.SOFT, reason="a GPU has its own schedules")
+@given(caches(), st.integers(1, 2000), seeds)
+def test_bits_do_not_depend_on_the_order_of_threads(cache, V, seed):
+    H, G, K, slots, positions, dtype = cache
+    rng, M = np.random.default_rng(seed), len(positions)
+    q_MNH = numbers(rng, (M, G * K, H), np.float32)
+    keys, values = (numbers(rng, (M, K, slots, H), dtype) for _ in range(2))
+    first, *others = (decode_attention(q_MNH, keys, values, positions, G, s) for s in range(3))
+    for other in others:
+        assert_same(other, first, "attention")
+    logits_MV = numbers(rng, (2, V), np.float32)
+    first, *others = (choose(logits_MV, 32, s) for s in range(3))
+    for other in others:
+        for name, array in other.items():
+            assert_same(array, first[name], name)
+
+
