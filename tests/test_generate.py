@@ -16,7 +16,10 @@ from llama3np.params import random
 from llama3np.sample import Sampling, log_softmax
 
 
-def llama(model, **options):
+def llama(model, xp=np, **options):
+    """The model in the oracle's precision, computed by the plain operations on that module."""
+    if xp is not np:
+        options |= {"device": "cuda", "engine": "cupy"}
     return Llama(model.config, model.params, **{"dtype": "float64", **options})
 
 
@@ -29,20 +32,20 @@ def greedy_by_recomputation(llm, ids, count):
 
 
 @given(runs(), st.integers(1, 6))
-def test_greedy_equals_recomputing_everything_for_each_token(run, count):
+def test_greedy_equals_recomputing_everything_for_each_token(xp, run, count):
     """No position is skipped, no slot is left empty, and max_new_tokens means new tokens."""
     model, ids = run
-    llm = llama(model)
+    llm = llama(model, xp)
     (completion,) = llm.generate(ids, max_new_tokens=count)
     assert completion.ids == greedy_by_recomputation(llm, ids, count)
     assert completion.finish_reason == "length"
 
 
 @given(ragged_runs(min_rows=2), st.integers(1, 5), st.sampled_from([0.0, 0.8]))
-def test_a_batch_continues_every_row_as_if_alone(drawn, count, temperature):
+def test_a_batch_continues_every_row_as_if_alone(xp, drawn, count, temperature):
     """Rows of other lengths that stop at other times change nothing; row 0's draws are its own."""
     model, rows, _ = drawn
-    llm = llama(model, stop_ids=[0, 1])
+    llm = llama(model, xp, stop_ids=[0, 1])
     together = llm.generate(rows, count, temperature=temperature, seed=5)
     for row, completion in enumerate(together):
         if temperature == 0 or row == 0:
@@ -50,19 +53,19 @@ def test_a_batch_continues_every_row_as_if_alone(drawn, count, temperature):
 
 
 @given(runs(), st.integers(1, 6), st.data())
-def test_the_first_stop_id_ends_a_row_and_is_its_last_id(run, count, data):
+def test_the_first_stop_id_ends_a_row_and_is_its_last_id(xp, run, count, data):
     model, ids = run
-    free = llama(model).generate(ids, count)[0].ids
+    free = llama(model, xp).generate(ids, count)[0].ids
     stop = data.draw(st.sampled_from(free))
-    completion = llama(model, stop_ids=[stop]).generate(ids, count)[0]
+    completion = llama(model, xp, stop_ids=[stop]).generate(ids, count)[0]
     assert completion.ids == free[: free.index(stop) + 1]
     assert completion.finish_reason == "stop"
 
 
 @given(runs(), st.integers(1, 6), st.integers(0, 99))
-def test_stream_yields_what_generate_returns(run, count, seed):
+def test_stream_yields_what_generate_returns(xp, run, count, seed):
     model, ids = run
-    llm = llama(model, stop_ids=[1])
+    llm = llama(model, xp, stop_ids=[1])
     options = {"temperature": 1.0, "seed": seed, "logprobs": True}
     steps = list(llm.stream(ids, count, **options))
     (completion,) = llm.generate([ids], count, **options)
@@ -74,9 +77,9 @@ def test_stream_yields_what_generate_returns(run, count, seed):
 
 
 @given(runs(min_tokens=2), st.integers(1, 4))
-def test_logprobs_are_those_of_the_model_without_a_cache(run, count):
+def test_logprobs_are_those_of_the_model_without_a_cache(xp, run, count):
     model, ids = run
-    llm = llama(model)
+    llm = llama(model, xp)
     (completion,) = llm.generate(ids, count, temperature=0.7, top_k=3, seed=1, logprobs=True)
     whole = [*ids, *completion.ids]
     expected = log_softmax(llm.forward(whole)[0])[np.arange(len(whole) - 1), whole[1:]]
@@ -85,9 +88,9 @@ def test_logprobs_are_those_of_the_model_without_a_cache(run, count):
 
 
 @given(ragged_runs(), st.integers(1, 30))
-def test_prefill_in_chunks_equals_prefill_at_once(drawn, chunk):
+def test_prefill_in_chunks_equals_prefill_at_once(xp, drawn, chunk):
     model, rows, _ = drawn
-    llm = llama(model)
+    llm = llama(model, xp)
     at_once = generation.prefill(llm._run, llm.new_cache(len(rows), 9), rows, 10**6)
     chunked = generation.prefill(llm._run, llm.new_cache(len(rows), 9), rows, chunk)
     np.testing.assert_allclose(chunked, at_once, rtol=1e-9, atol=1e-9)
@@ -98,9 +101,9 @@ def test_prefill_in_chunks_equals_prefill_at_once(drawn, chunk):
 
 
 @given(ragged_runs(), st.integers(1, 30), st.sampled_from([0.0, 0.8]))
-def test_any_chunk_gives_the_same_ids(drawn, chunk, temperature):
+def test_any_chunk_gives_the_same_ids(xp, drawn, chunk, temperature):
     model, rows, _ = drawn
-    llm = llama(model)
+    llm = llama(model, xp)
     sampling = Sampling(temperature, seed=1)
 
     def tokens(chunk):
@@ -112,9 +115,9 @@ def test_any_chunk_gives_the_same_ids(drawn, chunk, temperature):
 
 
 @given(ragged_runs(), st.integers(1, 30))
-def test_a_chunk_has_as_many_tokens_as_it_may_over_all_rows(drawn, chunk):
+def test_a_chunk_has_as_many_tokens_as_it_may_over_all_rows(xp, drawn, chunk):
     model, rows, _ = drawn
-    llm, shapes = llama(model), []
+    llm, shapes = llama(model, xp), []
 
     def forward(ids_BT, cache, new_B, last_only):
         shapes.append(ids_BT.shape)
@@ -127,10 +130,10 @@ def test_a_chunk_has_as_many_tokens_as_it_may_over_all_rows(drawn, chunk):
 
 
 @given(runs(), st.data())
-def test_a_stream_continues_a_cache(run, data):
+def test_a_stream_continues_a_cache(xp, run, data):
     """Two streams over one cache give what one stream gives."""
     model, ids = run
-    llm = llama(model)
+    llm = llama(model, xp)
     whole = [step.id for step in llm.stream(ids, 4)]
     first = data.draw(st.integers(1, 3))
     cache = llm.new_cache(1, len(ids) + 8)
@@ -140,9 +143,9 @@ def test_a_stream_continues_a_cache(run, data):
 
 
 @given(models())
-def test_what_is_in_the_cache_counts_for_the_limit(model):
+def test_what_is_in_the_cache_counts_for_the_limit(xp, model):
     """The room is the cache's, not the model's, and what it holds is used up."""
-    llm = llama(model, max_seq_len=4)
+    llm = llama(model, xp, max_seq_len=4)
     cache = llm.new_cache(1, 9)
     llm.forward([0] * 5, cache)
     with pytest.raises(InputError, match=r"7 tokens.* 3 .*max_seq_len 9"):
@@ -151,13 +154,13 @@ def test_what_is_in_the_cache_counts_for_the_limit(model):
 
 
 @given(models())
-def test_a_stream_takes_a_cache_of_one_row_of_its_own_model(model):
+def test_a_stream_takes_a_cache_of_one_row_of_its_own_model(xp, model):
     """At once, not at the first step."""
-    llm = llama(model)
+    llm = llama(model, xp)
     with pytest.raises(InputError, match="expected 1 rows, found 2"):
         llm.stream([0], 1, cache=llm.new_cache(2, 4))
     with pytest.raises(InputError, match="cache: expected"):
-        llm.stream([0], 1, cache=llama(model, dtype="float32").new_cache(1, 4))
+        llm.stream([0], 1, cache=llama(model, xp, dtype="float32").new_cache(1, 4))
 
 
 @given(models())
@@ -192,8 +195,8 @@ def test_a_prompt_too_long_states_the_three_numbers_before_any_work(model, extra
 
 
 @given(models())
-def test_max_new_tokens_defaults_to_what_fits_and_may_be_0(model):
-    llm = llama(model, max_seq_len=8)
+def test_max_new_tokens_defaults_to_what_fits_and_may_be_0(xp, model):
+    llm = llama(model, xp, max_seq_len=8)
     assert len(llm.generate([0] * 6)[0].ids) == 2
     assert llm.generate([0] * 8, 0) == [([], "", None, "length")]
     assert llm.generate([], 3) == []
@@ -202,8 +205,8 @@ def test_max_new_tokens_defaults_to_what_fits_and_may_be_0(model):
 
 
 @given(models(), st.sampled_from([-1, "V", 10**12]))
-def test_ids_outside_the_vocabulary_are_an_error(model, wrong):
-    llm = llama(model)
+def test_ids_outside_the_vocabulary_are_an_error(xp, model, wrong):
+    llm = llama(model, xp)
     wrong = model.config.vocab_size if wrong == "V" else wrong
     for call in (llm.generate, llm.stream, llm.forward, llm.score):
         with pytest.raises(InputError, match=f"found {wrong}"):
@@ -287,9 +290,9 @@ def test_text_without_a_tokenizer_is_an_error(model):
 
 
 @given(ragged_runs())
-def test_forward_takes_lists_ragged_lists_and_arrays(drawn):
+def test_forward_takes_lists_ragged_lists_and_arrays(xp, drawn):
     model, rows, _ = drawn
-    llm = llama(model)
+    llm = llama(model, xp)
     alone = [llm.forward(row)[0] for row in rows]
     together = llm.forward(rows)
     for logits_TV, logits_BTV, row in zip(alone, together, rows, strict=True):
@@ -323,8 +326,8 @@ class FewerTokens:
 
 
 @given(models(), st.integers(1, 6))
-def test_rows_of_a_padded_table_have_no_text(model, count):
-    (completion,) = llama(model, tokenizer=FewerTokens()).generate([0], count)
+def test_rows_of_a_padded_table_have_no_text(xp, model, count):
+    (completion,) = llama(model, xp, tokenizer=FewerTokens()).generate([0], count)
     assert completion.text == "x" * completion.ids.count(0) + "."
 
 
@@ -346,7 +349,7 @@ def test_a_text_that_continues_a_cache_gets_no_second_bos():
 
 
 @given(models(), st.integers(1, 6))
-def test_the_stop_id_has_no_text(model, count):
-    llm = llama(model, tokenizer=FewerTokens(), stop_ids=range(model.config.vocab_size))
+def test_the_stop_id_has_no_text(xp, model, count):
+    llm = llama(model, xp, tokenizer=FewerTokens(), stop_ids=range(model.config.vocab_size))
     (completion,) = llm.generate([0], count)
     assert (len(completion.ids), completion.text) == (1, ".")
