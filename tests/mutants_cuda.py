@@ -2,10 +2,10 @@
 
     python tests/mutants_cuda.py [WORD ...]     only mutants with these words in their names
 
-Each is one edit of one source, whose text must be there exactly once, and is run with the tests that
-are there to notice it, in a process of its own. Prints every mutant's fate; exits with 1 if one
-survives, or if the tests fail without any edit. As a plugin of pytest (-p mutants_cuda) this file
-makes the edit that LLAMA3NP_MUTANT names.
+Each is one edit of one source, whose text must be there exactly once, and is run with the test that
+is there to notice it, in a process of its own; where a barrier is missing, by the executor that
+sees races. Prints every mutant's fate; exits with 1 if one survives, or if the tests fail without
+any edit. As a plugin of pytest (-p mutants_cuda) this file makes the edit that LLAMA3NP_MUTANT names.
 """
 # ruff: noqa: E501  a mutant is a line, however long
 
@@ -157,6 +157,7 @@ def run(tests, name=None):
     root = Path(__file__).parents[1]
     env = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "CI": "1"}
     env |= {"LLAMA3NP_MUTANT": name} if name else {}
+    env |= {"SOFTCUDA_EXECUTOR": "ptx"} if name and "barrier" in name else {}
     quiet = ["-x", "-q", "-p", "mutants_cuda", "-p", "no:cacheprovider", "--tb=no"]
     command = [sys.executable, "-m", "pytest", *quiet, *tests]
     try:
