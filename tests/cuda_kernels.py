@@ -22,8 +22,11 @@ SCALES = {
 
 
 @contextlib.contextmanager
-def strict(sched=0):
-    """On the software device every array is its own allocation between guard pages, full of NaN."""
+def strict(**options):
+    """On the software device every array is its own allocation between guard pages, full of NaN.
+
+    options: of softcuda.config besides, such as sched.
+    """
     if devices.kind != devices.SOFT:
         yield
         return
@@ -31,13 +34,13 @@ def strict(sched=0):
 
     cp = devices.cupy
     pooled = cp.cuda.get_allocator()
-    softcuda.config(guard=True, sched=sched)
+    softcuda.config(guard=True, **options)
     cp.cuda.set_allocator(None)
     try:
         yield
     finally:
         cp.cuda.set_allocator(pooled)
-        softcuda.config(guard=False, sched=0)
+        softcuda.config(**softcuda.DEFAULTS)
 
 
 def random_weight(format, N, K, rng):

@@ -2,10 +2,10 @@
 
     python tests/mutants_cuda.py [WORD ...]     only mutants with these words in their names
 
-Each is one edit of one source, whose text must be there exactly once, and is run with the tests that
-are there to notice it, in a process of its own. Prints every mutant's fate; exits with 1 if one
-survives, or if the tests fail without any edit. As a plugin of pytest (-p mutants_cuda) this file
-makes the edit that LLAMA3NP_MUTANT names.
+Each is one edit of one source, whose text must be there exactly once, and is run with the test that
+is there to notice it, in a process of its own; where a barrier is missing, by the executor that
+sees races. Prints every mutant's fate; exits with 1 if one survives, or if the tests fail without
+any edit. As a plugin of pytest (-p mutants_cuda) this file makes the edit that LLAMA3NP_MUTANT names.
 """
 # ruff: noqa: E501  a mutant is a line, however long
 
@@ -114,14 +114,14 @@ MUTANTS = [
     Mutant("idle row written", "attend.cu", "  if (position < 0) return;\n", "", TURN),
     Mutant("row of the cache is always the first", "attend.cu", "size_t row = (size_t)m * K +", "size_t row =", TURN),
     # ---- attention of prefill
-    Mutant("query does not see itself", "prefill.cu", "eighth > sees[i]", "eighth >= sees[i]", PREFILL),
-    Mutant("query sees its successor", "prefill.cu", "eighth > sees[i]", "eighth > sees[i] + 1", PREFILL),
+    Mutant("query does not see itself", "prefill.cu", "eighth > own.sees[i]", "eighth >= own.sees[i]", PREFILL),
+    Mutant("query sees its successor", "prefill.cu", "eighth > own.sees[i]", "eighth > own.sees[i] + 1", PREFILL),
     Mutant("sums not shrunk", "prefill.cu", "sums[i][e] *= shrink;", "sums[i][e] *= 1.f;", PREFILL),
     Mutant("total not shrunk", "prefill.cu", "total[i] * shrink +", "total[i] +", PREFILL),
     Mutant("no barrier between keys and values", "prefill.cu", "    __syncthreads();  // keys are done with, powers are there\n", "", PREFILL),
-    Mutant("last position of a block not read", "prefill.cu", "+ last_t] + 1)", "+ last_t])", PREFILL),
-    Mutant("keys of the first head", "prefill.cu", "own_keys = keys + (size_t)(b * K + kv) * step", "own_keys = keys + (size_t)(b * K) * step", PREFILL),
-    Mutant("mean not divided", "prefill.cu", "sums[i][e] / total[i]", "sums[i][e]", PREFILL),
+    Mutant("last position of a block not read", "prefill.cu", "own_positions[last_t] + 1)", "own_positions[last_t])", PREFILL),
+    Mutant("keys of the first head", "prefill.cu", "cached = (size_t)(b * K + kv) * step", "cached = (size_t)(b * K) * step", PREFILL),
+    Mutant("mean not divided", "prefill.cu", "own.sums[i][e] / own.total[i]", "own.sums[i][e]", PREFILL),
     Mutant("last query not written", "prefill.cu", "if (r < T * G && e", "if (r < T * G - 1 && e", PREFILL),
     # ---- choosing
     Mutant("highest id of equal ones", "tokens.cu", "b.id < a.id", "b.id > a.id", CHOICE),
@@ -157,6 +157,7 @@ def run(tests, name=None):
     root = Path(__file__).parents[1]
     env = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "CI": "1"}
     env |= {"LLAMA3NP_MUTANT": name} if name else {}
+    env |= {"SOFTCUDA_EXECUTOR": "ptx"} if name and "barrier" in name else {}
     quiet = ["-x", "-q", "-p", "mutants_cuda", "-p", "no:cacheprovider", "--tb=no"]
     command = [sys.executable, "-m", "pytest", *quiet, *tests]
     try:

@@ -100,10 +100,10 @@ def test_the_sources_need_no_header():
 def test_the_log_of_a_kernel_that_spills_says_so(monkeypatch):
     """The gate's own check: an array that is indexed by a variable lies on the stack."""
     source = """extern "C" __global__ void widen(float* x, int n) {
-      float own[64];
-      for (int i = 0; i < 64; i++) own[i] = x[i];
-      own[n] = x[n + 64];
-      x[threadIdx.x] = own[n / 2];
+      float own[400];
+      for (int i = 0; i < 400; i++) own[i] = x[i];
+      for (int i = 0; i < n; i++) own[(i * n) % 400] += own[(i + n) % 400];
+      for (int i = 0; i < 400; i++) x[i] = own[i];
     }"""
     monkeypatch.setattr(registry.Kernel, "source", property(lambda kernel: source))
     with pytest.raises(AssertionError, match="stack, spill stores and loads"):

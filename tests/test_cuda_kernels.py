@@ -466,12 +466,12 @@ def test_numbers_are_rounded_to_the_cache_as_numpy_does(dtype):
     np.testing.assert_array_equal(found.astype(np.float32), expected.astype(np.float32))
 
 
-def decode_attention(q_MNH, keys, values, positions, G, sched=0):
+def decode_attention(q_MNH, keys, values, positions, G, **options):
     """attend and combine, on strict memory: (M, N, H)."""
     (M, N, H), (K, slots) = q_MNH.shape, keys.shape[1:3]
     kernel = registry.attention_kernel("attend", H, G, keys.dtype, "half")
     stretches = -(-slots // STRETCH)
-    with strict(sched):
+    with strict(**options):
         qkv = device_rows(q_MNH.reshape(M, -1), M)
         out = cp.full((M, N, stretches, H), np.nan, np.float32)
         peaks, sums = (cp.full((M, N, stretches), np.nan, np.float32) for _ in range(2))
@@ -568,10 +568,10 @@ def test_prefill_attention_is_that_of_the_spec(heads, dtype, data, seed):
 # ---- choosing ------------------------------------------------------------------------------------
 
 
-def choose(logits_MV, parts, sched=0):
+def choose(logits_MV, parts, **options):
     """pick and settle: (id, sum of powers) of each row, and what they leave for the next step."""
     M, V = logits_MV.shape
-    with strict(sched):
+    with strict(**options):
         best = {
             "peaks": cp.zeros((M, parts), np.float32),
             "ids": cp.zeros((M, parts), np.int32),
@@ -642,11 +642,13 @@ def test_bits_do_not_depend_on_the_order_of_threads(cache, V, seed):
     rng, M = np.random.default_rng(seed), len(positions)
     q_MNH = numbers(rng, (M, G * K, H), np.float32)
     keys, values = (numbers(rng, (M, K, slots, H), dtype) for _ in range(2))
-    first, *others = (decode_attention(q_MNH, keys, values, positions, G, s) for s in range(3))
+    first, *others = (
+        decode_attention(q_MNH, keys, values, positions, G, sched=s) for s in range(3)
+    )
     for other in others:
         assert_same(other, first, "attention")
     logits_MV = numbers(rng, (2, V), np.float32)
-    first, *others = (choose(logits_MV, 32, s) for s in range(3))
+    first, *others = (choose(logits_MV, 32, sched=s) for s in range(3))
     for other in others:
         for name, array in other.items():
             assert_same(array, first[name], name)

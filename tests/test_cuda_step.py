@@ -446,7 +446,7 @@ def test_logits_have_the_same_bits_in_every_order_of_threads(format):
     engine, ids = engine_of(params, WIDE), [[1], [2], [3]]
     found = []
     for sched in range(3):
-        with strict(sched):
+        with strict(sched=sched):
             cache = cache_of(WIDE, 3)
             found.append([engine.forward(ids, cache) for _ in range(3)])
     for other in found[1:]:

@@ -11,7 +11,7 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 
-// ---- 16-bit floats, by their bits: sm_75 has no bf16 arithmetic, and f16's is in headers -----------
+// ---- 16-bit floats, by their bits: sm_75 has no bf16 arithmetic, and f16's is in headers --------
 
 __device__ __forceinline__ float from_bf16(u32 bits) { return __uint_as_float(bits << 16); }
 
@@ -46,7 +46,7 @@ __device__ __forceinline__ u32 component(uint4 v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// ---- over the lanes of a warp: every lane gets the result, of the same bits ---------------------------
+// ---- over the lanes of a warp: every lane gets the result, of the same bits ---------------------
 
 __device__ __forceinline__ float warp_sum(float own) {
 #pragma unroll

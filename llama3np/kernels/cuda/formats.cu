@@ -35,7 +35,7 @@ typedef u8 Stored;
 
 __device__ __forceinline__ float half_at(const u8* at) { return from_f16(*(const u16*)at); }
 
-// ---- one weight: row n, column k, with the bits of ggml.decode ------------------------------------------
+// ---- one weight: row n, column k, with the bits of ggml.decode ----------------------------------
 
 // The sixth of the eight pairs of 6-bit scale and minimum in Q4_K and Q5_K: a, b, c are bytes
 // s & 3, 4 + (s & 3) and 8 + (s & 3) of the twelve.
@@ -95,18 +95,22 @@ __device__ __forceinline__ float weight_at(const Stored* w, int N, int K, int n,
   const u8* block = w + i / 256 * 84;
   u32 q = block[16 + k % 256 / 128 * 32 + k % 32] >> (k % 128 / 32 * 2) & 3u;
   u32 scale = block[k % 256 / 16] & 15u, minimum = block[k % 256 / 16] >> 4;
-  return affine(half_at(block + 80) * (float)scale, (float)q, -half_at(block + 82) * (float)minimum);
+  return affine(half_at(block + 80) * (float)scale, (float)q,
+                -half_at(block + 82) * (float)minimum);
 #elif FORMAT == Q3_K
   const u8* block = w + i / 256 * 110;
   int s = k % 256 / 16;
   u32 q = (block[32 + k % 256 / 128 * 32 + k % 32] >> (k % 128 / 32 * 2) & 3u) |
           (block[k % 32] >> (k % 256 / 32) & 1u) << 2;
-  u32 scale = (block[96 + s % 8] >> (s / 8 * 4) & 15u) | (block[104 + s % 4] >> (s / 4 * 2) & 3u) << 4;
+  u32 low = block[96 + s % 8] >> (s / 8 * 4) & 15u, high = block[104 + s % 4] >> (s / 4 * 2) & 3u;
+  u32 scale = low | high << 4;
   return half_at(block + 108) * (float)((int)scale - 32) * (float)((int)q - 4);
 #elif FORMAT == Q5_K
   const u8* block = w + i / 256 * 176;
   int s = k % 256 / 32;
-  u32 q = (block[48 + s / 2 * 32 + k % 32] >> (s % 2 * 4) & 15u) | (block[16 + k % 32] >> s & 1u) << 4;
+  u32 low = block[48 + s / 2 * 32 + k % 32] >> (s % 2 * 4) & 15u,
+      high = block[16 + k % 32] >> s & 1u;
+  u32 q = low | high << 4;
   u32 a = block[4 + (s & 3)], b = block[8 + (s & 3)], c = block[12 + (s & 3)];
   float d = half_at(block), least = half_at(block + 2);
   return affine(d * (float)k_scale(s, a, c), (float)q, -least * (float)k_minimum(s, b, c));

@@ -7,7 +7,8 @@ __device__ __forceinline__ uint4 load16(const void* at) { return __ldcs((const u
 #define NOTHING make_uint4(0u, 0u, 0u, 0u)
 
 // Four fields of `bits` bits, one in each byte, the lowest `at` bits up: 1 + q / 2^bits each.
-template <int bits> __device__ __forceinline__ float4 fields(u32 word, int at) {
+template <int bits>
+__device__ __forceinline__ float4 fields(u32 word, int at) {
   const u32 mask = ((1u << bits) - 1u) << (23 - bits);
   float found[4];
 #pragma unroll
@@ -20,7 +21,8 @@ template <int bits> __device__ __forceinline__ float4 fields(u32 word, int at) {
 }
 
 // scale * q + offset of fields as above.
-template <int bits> __device__ __forceinline__ float4 scaled(float4 f, float scale, float offset) {
+template <int bits>
+__device__ __forceinline__ float4 scaled(float4 f, float scale, float offset) {
   float s = scale * (float)(1 << bits), o = offset - s;
   return make_float4(fmaf(f.x, s, o), fmaf(f.y, s, o), fmaf(f.z, s, o), fmaf(f.w, s, o));
 }
@@ -28,9 +30,12 @@ template <int bits> __device__ __forceinline__ float4 scaled(float4 f, float sca
 #if SCALAR
 // Any format and any K, weight by weight: rows that do not begin at 16 bytes, and rarer formats.
 #define SLOTS 4
-struct Piece { float4 v[4]; };
+struct Piece {
+  float4 v[4];
+};
 
-__device__ __forceinline__ void load(Piece& p, const Stored* w, int N, int K, int n, int tile, int lane) {
+__device__ __forceinline__ void load(Piece& p, const Stored* w, int N, int K, int n, int tile,
+                                     int lane) {
 #pragma unroll
   for (int u = 0; u < 4; u++) {
     int k = tile * 512 + u * 128 + lane * 4;
@@ -45,9 +50,12 @@ __device__ __forceinline__ float4 decode(const Piece& p, int j, int lane) { retu
 
 #elif FORMAT == F32
 #define SLOTS 4
-struct Piece { uint4 v[4]; };
+struct Piece {
+  uint4 v[4];
+};
 
-__device__ __forceinline__ void load(Piece& p, const Stored* w, int N, int K, int n, int tile, int lane) {
+__device__ __forceinline__ void load(Piece& p, const Stored* w, int N, int K, int n, int tile,
+                                     int lane) {
 #pragma unroll
   for (int u = 0; u < 4; u++) {
     int k = tile * 512 + u * 128 + lane * 4;
@@ -57,14 +65,18 @@ __device__ __forceinline__ void load(Piece& p, const Stored* w, int N, int K, in
 __device__ __forceinline__ int slot(int f) { return f / 32 * PITCH + f % 32; }
 __device__ __forceinline__ float4 decode(const Piece& p, int j, int lane) {
   uint4 v = p.v[j];
-  return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
+  return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z),
+                     __uint_as_float(v.w));
 }
 
 #elif FORMAT == F16 || FORMAT == BF16
 #define SLOTS 8
-struct Piece { uint4 v[4]; };
+struct Piece {
+  uint4 v[4];
+};
 
-__device__ __forceinline__ void load(Piece& p, const Stored* w, int N, int K, int n, int tile, int lane) {
+__device__ __forceinline__ void load(Piece& p, const Stored* w, int N, int K, int n, int tile,
+                                     int lane) {
 #pragma unroll
   for (int u = 0; u < 4; u++) {
     int k = tile * 1024 + u * 256 + lane * 8;
@@ -78,16 +90,21 @@ __device__ __forceinline__ float4 decode(const Piece& p, int j, int lane) {
   return make_float4(from_bf16(a), __uint_as_float(a & 0xffff0000u), from_bf16(b),
                      __uint_as_float(b & 0xffff0000u));
 #else
-  return make_float4(from_f16(a & 0xffffu), from_f16(a >> 16), from_f16(b & 0xffffu), from_f16(b >> 16));
+  return make_float4(from_f16(a & 0xffffu), from_f16(a >> 16), from_f16(b & 0xffffu),
+                     from_f16(b >> 16));
 #endif
 }
 
 #elif FORMAT == Q8_0
 // All signed bytes, then all scales.
 #define SLOTS 8
-struct Piece { uint4 v[2]; u16 d[2]; };
+struct Piece {
+  uint4 v[2];
+  u16 d[2];
+};
 
-__device__ __forceinline__ void load(Piece& p, const Stored* w, int N, int K, int n, int tile, int lane) {
+__device__ __forceinline__ void load(Piece& p, const Stored* w, int N, int K, int n, int tile,
+                                     int lane) {
   const u16* scales = (const u16*)(w + (size_t)N * K);
 #pragma unroll
   for (int u = 0; u < 2; u++) {
@@ -110,9 +127,13 @@ typedef u16 Scale;
 #else
 typedef u32 Scale;
 #endif
-struct Piece { uint4 v; Scale d; };
+struct Piece {
+  uint4 v;
+  Scale d;
+};
 
-__device__ __forceinline__ void load(Piece& p, const Stored* w, int N, int K, int n, int tile, int lane) {
+__device__ __forceinline__ void load(Piece& p, const Stored* w, int N, int K, int n, int tile,
+                                     int lane) {
   const Scale* scales = (const Scale*)(w + (size_t)N * K / 2);
   int k = tile * 1024 + lane * 32;
   p.v = k < K ? load16(w + ((size_t)n * K + k) / 2) : NOTHING;
@@ -133,9 +154,12 @@ __device__ __forceinline__ float4 decode(const Piece& p, int j, int lane) {
 // All nibbles, then of every block its 16 bytes of scales. Eight lanes share a block: a lane has 16
 // weights of one part of 32 in its low nibbles, and 16 of the next in the high ones.
 #define SLOTS 8
-struct Piece { uint4 v, head; };
+struct Piece {
+  uint4 v, head;
+};
 
-__device__ __forceinline__ void load(Piece& p, const Stored* w, int N, int K, int n, int tile, int lane) {
+__device__ __forceinline__ void load(Piece& p, const Stored* w, int N, int K, int n, int tile,
+                                     int lane) {
   const Stored* heads = w + (size_t)N * K / 2;
   int k = tile * 1024 + lane / 8 * 256;
   size_t block = ((size_t)n * K + k) / 256;
@@ -159,9 +183,14 @@ __device__ __forceinline__ float4 decode(const Piece& p, int j, int lane) {
 // one half four runs of 8 weights, 32 apart. Their low nibbles, 8 bytes for runs 0 and 2 and 8 for
 // runs 1 and 3, are put beside each other for that.
 #define SLOTS 8
-struct Piece { uint4 low; uint2 high, scales; u16 d; };
+struct Piece {
+  uint4 low;
+  uint2 high, scales;
+  u16 d;
+};
 
-__device__ __forceinline__ void load(Piece& p, const Stored* w, int N, int K, int n, int tile, int lane) {
+__device__ __forceinline__ void load(Piece& p, const Stored* w, int N, int K, int n, int tile,
+                                     int lane) {
   size_t all = (size_t)N * K;
   int k = tile * 1024 + lane / 8 * 256;
   size_t block = ((size_t)n * K + k) / 256;

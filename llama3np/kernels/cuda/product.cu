@@ -8,7 +8,7 @@
 #define WARPS 8
 #define BLOCK_ROWS (WARPS * ROWS)
 #define BLOCKS (BATCH == 1 ? 2 : 1)  // of a multiprocessor, which bounds a thread's registers
-#define FOURS (SLOTS * 32)  // groups of four numbers in a tile
+#define FOURS (SLOTS * 32)           // groups of four numbers in a tile
 
 __device__ __forceinline__ float dot(float4 a, float4 b, float sum) {
   return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
@@ -22,7 +22,8 @@ struct Vectors {
 };
 
 // scale[m] = 1 / sqrt(mean(x^2) + eps), from sums of squares of `parts` parts of each vector.
-__device__ __forceinline__ void root_mean(float* scale, const float* squares, int parts, int K, float eps) {
+__device__ __forceinline__ void root_mean(float* scale, const float* squares, int parts, int K,
+                                          float eps) {
   int m = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (m < BATCH) {
     float own = 0.f;
@@ -34,7 +35,8 @@ __device__ __forceinline__ void root_mean(float* scale, const float* squares, in
 }
 
 // Bring a tile of every vector into shared memory. Pitches are multiples of 4, filled with zeros.
-__device__ __forceinline__ void stage(float4* staged, const Vectors& v, const float* scale, int tile) {
+__device__ __forceinline__ void stage(float4* staged, const Vectors& v, const float* scale,
+                                      int tile) {
   int f = threadIdx.x, at = tile * FOURS + f;
   if (f >= FOURS) return;
   float4 w = make_float4(1.f, 1.f, 1.f, 1.f);
@@ -60,7 +62,8 @@ struct Rows {
 };
 
 template <bool paired>
-__device__ __forceinline__ void load_rows(Piece* pieces, const Rows& rows, int K, int tile, int lane) {
+__device__ __forceinline__ void load_rows(Piece* pieces, const Rows& rows, int K, int tile,
+                                          int lane) {
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     int n = rows.first + (paired ? r / 2 : r);
@@ -70,8 +73,8 @@ __device__ __forceinline__ void load_rows(Piece* pieces, const Rows& rows, int K
 
 // sums[r][m], in every lane, of this warp's rows.
 template <bool paired>
-__device__ __forceinline__ void multiply(float (&sums)[ROWS][BATCH], const Rows& rows, int K, const Vectors& v,
-                                         float4* staged, const float* scale) {
+__device__ __forceinline__ void multiply(float (&sums)[ROWS][BATCH], const Rows& rows, int K,
+                                         const Vectors& v, float4* staged, const float* scale) {
   int lane = threadIdx.x % 32, tiles = (K + 4 * FOURS - 1) / (4 * FOURS);
   Piece now[ROWS], next[ROWS];
 #pragma unroll
@@ -124,9 +127,10 @@ __device__ __forceinline__ float gated(float gate, float up) {
 // y = W (norm of x) for up to three weights of one format, such as wq, wk and wv, one after the
 // other in y. Blocks: those of each weight, rounded up.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
-    project(const Stored* __restrict__ w0, const Stored* __restrict__ w1, const Stored* __restrict__ w2, int N0,
-            int N1, int N2, int y0, int y1, int y2, int K, const float* __restrict__ x, int x_pitch,
-            const float* __restrict__ norm, const float* __restrict__ squares, int parts, float eps, int rounded,
+    project(const Stored* __restrict__ w0, const Stored* __restrict__ w1,
+            const Stored* __restrict__ w2, int N0, int N1, int N2, int y0, int y1, int y2, int K,
+            const float* __restrict__ x, int x_pitch, const float* __restrict__ norm,
+            const float* __restrict__ squares, int parts, float eps, int rounded,
             float* __restrict__ y, int y_pitch) {
   __shared__ float4 staged[BATCH * SLOTS * PITCH];
   __shared__ float scale[BATCH];
@@ -152,8 +156,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     gate_up(const Stored* __restrict__ gate, const Stored* __restrict__ up, int N, int K,
             const float* __restrict__ x, int x_pitch, const float* __restrict__ norm,
-            const float* __restrict__ squares, int parts, float eps, int rounded, float* __restrict__ y,
-            int y_pitch) {
+            const float* __restrict__ squares, int parts, float eps, int rounded,
+            float* __restrict__ y, int y_pitch) {
   __shared__ float4 staged[BATCH * SLOTS * PITCH];
   __shared__ float scale[BATCH];
   int lane = threadIdx.x % 32;
@@ -165,15 +169,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   float own = own_sum(sums, lane);
   float other = __shfl_sync(ALL_LANES, own, (lane + BATCH) % 32);  // the up beside a gate
   int pair = lane / BATCH, n = rows.first + pair / 2, m = lane % BATCH;
-  if (lane < ROWS * BATCH && pair % 2 == 0 && n < N)
-    y[(size_t)m * y_pitch + n] = gated(own, other);
+  if (lane < ROWS * BATCH && pair % 2 == 0 && n < N) y[(size_t)m * y_pitch + n] = gated(own, other);
 }
 
-// y += W x, the residual stream, and the sums of squares of every 16 numbers of the new y: pair by pair
-// and then one by one, so that they have the same bits whatever ROWS and BATCH are.
+// y += W x, the residual stream, and the sums of squares of every 16 numbers of the new y: pair by
+// pair and then one by one, so that they have the same bits whatever ROWS and BATCH are.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
-    add(const Stored* __restrict__ w, int N, int K, const float* __restrict__ x, int x_pitch, int rounded,
-        float* __restrict__ y, int y_pitch, float* __restrict__ squares) {
+    add(const Stored* __restrict__ w, int N, int K, const float* __restrict__ x, int x_pitch,
+        int rounded, float* __restrict__ y, int y_pitch, float* __restrict__ squares) {
   __shared__ float4 staged[BATCH * SLOTS * PITCH];
   __shared__ float own_squares[WARPS * ROWS / 2][BATCH];  // of pairs of rows
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -187,10 +190,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     sum += y[(size_t)m * y_pitch + n];
     y[(size_t)m * y_pitch + n] = sum;
   }
-  float square = sum * sum;  // 0 of rows that there are not
+  float square = sum * sum;                             // 0 of rows that there are not
   square += __shfl_xor_sync(ALL_LANES, square, BATCH);  // the other row of the pair
   int pair = lane / BATCH / 2;
-  if (lane < ROWS * BATCH && lane / BATCH % 2 == 0) own_squares[warp * (ROWS / 2) + pair][m] = square;
+  if (lane < ROWS * BATCH && lane / BATCH % 2 == 0)
+    own_squares[warp * (ROWS / 2) + pair][m] = square;
   __syncthreads();
   if (threadIdx.x < ROWS / 2 * BATCH) {
     int group = threadIdx.x / BATCH;
@@ -201,7 +205,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   }
 }
 
-// y = silu(y) * other, where gate and up are stored in different formats. Blocks: (256 numbers, row).
+// y = silu(y) * other, where gate and up are stored in different formats. Blocks: (256 numbers,
+// row).
 extern "C" __global__ void __launch_bounds__(256)
     swiglu(float* __restrict__ y, const float* __restrict__ other, int N, int pitch) {
   int n = blockIdx.x * 256 + threadIdx.x;

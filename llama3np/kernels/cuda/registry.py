@@ -194,7 +194,7 @@ def prefill_kernel(head: int, cached: np.dtype) -> Kernel:
     size = 32 if head <= 128 else 16
     defines = {"HEAD": head, "CACHED": CACHED.index(cached), "QUERIES": size, "KEYS": size}
     return Kernel(
-        "attend_block", ("prefill.cu",), tuple(defines.items()), cached=cached, registers=144
+        "attend_block", ("prefill.cu",), tuple(defines.items()), cached=cached, registers=168
     )
 
 

@@ -1,8 +1,10 @@
-// Rows of a weight as float32: the embedding of tokens, and a stretch of rows for the products of prefill.
+// Rows of a weight as float32: the embedding of tokens, and a stretch of rows for the products of
+// prefill.
 
 // out[i] = row start + i. Blocks: rows of them; threads go along the row.
 extern "C" __global__ void __launch_bounds__(256)
-    widen(const Stored* __restrict__ w, int N, int K, int start, float* __restrict__ out, int pitch) {
+    widen(const Stored* __restrict__ w, int N, int K, int start, float* __restrict__ out,
+          int pitch) {
   int row = blockIdx.x;
   for (int k = threadIdx.x; k < K; k += blockDim.x)
     out[(size_t)row * pitch + k] = weight_at(w, N, K, start + row, k);
@@ -10,18 +12,18 @@ extern "C" __global__ void __launch_bounds__(256)
 
 // out[i] = row ids[i], for ids on the device that were checked on the host.
 extern "C" __global__ void __launch_bounds__(256)
-    take(const Stored* __restrict__ w, int N, int K, const int* __restrict__ ids, float* __restrict__ out,
-         int pitch) {
+    take(const Stored* __restrict__ w, int N, int K, const int* __restrict__ ids,
+         float* __restrict__ out, int pitch) {
   int row = blockIdx.x;
   for (int k = threadIdx.x; k < K; k += blockDim.x)
     out[(size_t)row * pitch + k] = weight_at(w, N, K, ids[row], k);
 }
 
-// Block m puts token m's embedding where the residual stream begins, and beside it, for the first norm, the sum
-// of its squares.
+// Block m puts token m's embedding where the residual stream begins, and beside it, for the first
+// norm, the sum of its squares.
 extern "C" __global__ void __launch_bounds__(256)
-    embed(const Stored* __restrict__ w, int N, int K, const int* __restrict__ tokens, float* __restrict__ h, int pitch,
-          float* __restrict__ squares) {
+    embed(const Stored* __restrict__ w, int N, int K, const int* __restrict__ tokens,
+          float* __restrict__ h, int pitch, float* __restrict__ squares) {
   __shared__ float own_squares[8];
   int m = blockIdx.x;
   float own = 0.f;

@@ -1,5 +1,5 @@
-// Tokens on the device: those the host orders, and those chosen from logits: the largest, the lowest
-// id that has it, and the sum of powers, of which the host makes its log-probability.
+// Tokens on the device: those the host orders, and those chosen from logits: the largest, the
+// lowest id that has it, and the sum of powers, of which the host makes its log-probability.
 
 #define THREADS 256
 
@@ -8,7 +8,7 @@ struct Best {
   int id;
 };
 
-// The larger; of equal ones, the lower id. Not a number loses, so that damage shows as no id at all.
+// The larger; of equal ones, the lower id. Not a number loses, so damage shows as no id at all.
 __device__ __forceinline__ Best better(Best a, Best b) {
   return b.peak > a.peak || (b.peak == a.peak && b.id < a.id) ? b : a;
 }
@@ -22,8 +22,8 @@ __device__ __forceinline__ Best warp_best(Best own) {
   return own;
 }
 
-// The first kernel of a step that the host orders: orders are in its memory, tokens, then positions. An
-// idle row has position -1. One block, a thread a row.
+// The first kernel of a step that the host orders: orders are in its memory, tokens, then
+// positions. An idle row has position -1. One block, a thread a row.
 extern "C" __global__ void __launch_bounds__(32)
     obey(const int* __restrict__ orders, int* __restrict__ tokens, int* __restrict__ positions,
          int* __restrict__ count) {
@@ -65,11 +65,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   sums[m * parts + blockIdx.x] = total;
 }
 
-// The last kernel of a greedy step: the token of every row that is not idle goes in again, one position on.
-// A record is (id, sum of e^(logit - largest)) of each row; `count` tells how many there are. One block of M warps.
+// The last kernel of a greedy step: the token of every row that is not idle goes in again, one
+// position on. A record is (id, sum of e^(logit - largest)) of each row; `count` tells how many
+// there are. One block of M warps.
 extern "C" __global__ void __launch_bounds__(256)
-    settle(const float* __restrict__ peaks, const int* __restrict__ ids, const double* __restrict__ sums, int parts,
-           int V, int* __restrict__ tokens, int* __restrict__ positions, double* __restrict__ records, int room,
+    settle(const float* __restrict__ peaks, const int* __restrict__ ids,
+           const double* __restrict__ sums, int parts, int V, int* __restrict__ tokens,
+           int* __restrict__ positions, double* __restrict__ records, int room,
            int* __restrict__ count) {
   int m = threadIdx.x / 32, lane = threadIdx.x % 32, rows = blockDim.x / 32, done = *count;
   Best own = {MINUS_INFINITY, 0x7fffffff};
