@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,11 @@ CHUNK = 512
 
 # (ids_BT, cache, new_B, last_only) -> logits on the host; the cache is advanced.
 Forward = Callable[[np.ndarray, Cache, np.ndarray, bool], np.ndarray]
+
+
+# (ids_B, cache, n) -> n tokens of each row that follow ids_B, (n, B), each the most probable after
+# those before it, and their log-probabilities. All but the last of them are fed.
+Greedy = Callable[[np.ndarray, Cache, int], tuple[np.ndarray, np.ndarray]]
 
 
 class Token(NamedTuple):
@@ -78,32 +84,80 @@ def generate(
     stop_ids: Collection[int],
     logprobs: bool = False,
     chunk: int = CHUNK,
+    greedy: Greedy | None = None,
+    ahead: int = 1,
 ) -> Iterator[list[Token]]:
     """Yield, step by step, the new token of every row that is still running.
 
     A row ends with its first stop id (which is yielded) or its max_new_tokens-th token; the other
     rows are not touched by that. The last token of a row has been chosen but not fed. The prompts
     are fed in chunks of that many tokens, all rows together.
+    greedy: an engine's own way to choose, taken at temperature 0 while all rows run, up to `ahead`
+    tokens at a time.
     """
     generators = [sampling.generator(row) for row in range(len(prompts))]
     logits_BV = prefill(forward, cache, prompts, chunk)
+    engine = _Ahead(greedy if sampling.temperature == 0 else None, cache, ahead)
     running = list(range(len(prompts)))
     for count in range(1, max_new_tokens + 1):
         tokens = []
         for row in running:
-            id = choose(logits_BV[row], sampling, generators[row])
-            logprob = float(log_softmax(logits_BV[row])[id]) if logprobs else None
+            id, logprob = engine.chosen(row) or _chosen(logits_BV[row], sampling, generators[row])
             last = "length" if count == max_new_tokens else None
-            tokens.append(Token(row, id, logprob, "stop" if id in stop_ids else last))
+            reason = "stop" if id in stop_ids else last
+            tokens.append(Token(row, id, logprob() if logprobs else None, reason))
         yield tokens
         running = [token.row for token in tokens if token.finish_reason is None]
+        ids_B, new_B = np.zeros((2, len(prompts)), dtype=np.int64)
+        ids_B[running] = [token.id for token in tokens if token.finish_reason is None]
+        new_B[running] = 1
+        if new_B.all() and engine.feed(ids_B, max_new_tokens - count):
+            continue
+        engine.forget()
         if not running:
             return
-        ids_B1 = np.zeros((len(prompts), 1), dtype=np.int64)
-        ids_B1[running, 0] = [token.id for token in tokens if token.finish_reason is None]
-        new_B = np.zeros(len(prompts), dtype=np.int64)
-        new_B[running] = 1
-        logits_BV = forward(ids_B1, cache, new_B, True)[:, 0]
+        logits_BV = forward(ids_B[:, None], cache, new_B, True)[:, 0]
+
+
+Choice = tuple[int, Callable[[], float]]  # an id, and what tells its log-probability
+
+
+def _chosen(logits_V: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> Choice:
+    id = choose(logits_V, sampling, rng)
+    return id, lambda: float(log_softmax(logits_V)[id])
+
+
+class _Ahead:
+    """What an engine has chosen for all rows by itself, some tokens ahead of what is asked for."""
+
+    def __init__(self, greedy: Greedy | None, cache: Cache, most: int):
+        self._greedy, self._cache, self._most = greedy, cache, most
+        self._now: Any = None  # (ids_B, logprobs_B)
+        self._more: deque[Any] = deque()
+
+    def chosen(self, row: int) -> Choice | None:
+        """A row's choice; None if the host must choose."""
+        if self._now is None:
+            return None
+        ids_B, logprobs_B = self._now
+        return int(ids_B[row]), lambda: float(logprobs_B[row])
+
+    def feed(self, ids_B: np.ndarray, left: int) -> bool:
+        """Go on by one token; False if this engine does not choose."""
+        if self._greedy is None:
+            return False
+        if not self._more:
+            found = self._greedy(ids_B, self._cache, min(left, self._most))
+            self._more.extend(zip(*found, strict=True))
+        self._now = self._more.popleft()
+        return True
+
+    def forget(self) -> None:
+        """Take back what was fed of tokens that nobody will ask for."""
+        if self._more:
+            self._cache.trim(self._cache.lengths_B - len(self._more))
+        self._more.clear()
+        self._now = None
 
 
 def score(forward: Forward, cache: Cache, ids: Sequence[int], chunk: int = CHUNK) -> np.ndarray:

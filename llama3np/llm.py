@@ -32,6 +32,9 @@ from llama3np.sample import GREEDY, Sampling
 
 DEFAULT_CONTEXT = 8192  # a cache for the 131,072 positions of Llama 3.1 would be 16 GB
 DEFAULT_NEW_TOKENS = 256
+# Tokens that a device may choose by itself where nobody waits for each; it need not be told of a
+# stop id at once, and what it did beyond one is taken back.
+AHEAD = 32
 
 Prompt = str | Sequence[int]
 Progress = Callable[[int, int, str], None]  # done, total, what
@@ -241,7 +244,7 @@ class Llama:
         """
         batch = [self.encode(prompt) for prompt in as_batch(prompts)]
         rows: list[list[generation.Token]] = [[] for _ in batch]
-        for tokens in self._tokens(batch, max_new_tokens, None, **options):
+        for tokens in self._tokens(batch, max_new_tokens, None, ahead=AHEAD, **options):
             for token in tokens:
                 rows[token.row].append(token)
         return [self._completion(ids, row) for ids, row in zip(batch, rows, strict=True)]
@@ -284,6 +287,7 @@ class Llama:
         *,
         stop_ids: Sequence[int] | None = None,
         logprobs: bool = False,
+        ahead: int = 1,
         **sampling: Any,
     ) -> Iterator[list[generation.Token]]:
         chosen = as_sampling(sampling)
@@ -316,6 +320,8 @@ class Llama:
             stops,
             logprobs,
             chunk=self.prefill_chunk,
+            greedy=self.engine.chooser(cache),
+            ahead=ahead,
         )
 
     def _completion(self, prompt_ids: list[int], tokens: list[generation.Token]) -> Completion:

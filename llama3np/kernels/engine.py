@@ -88,6 +88,10 @@ class Engine:
             )
         return logits_BTV
 
+    def chooser(self, cache: Cache) -> Any:
+        """What chooses greedily for this cache in place of the host (generate.Greedy), or None."""
+        return None
+
 
 def make_engine(
     name: str | None,

@@ -62,6 +62,10 @@ class CupyEngine:
         except MemoryError as error:  # CuPy's OutOfMemoryError is one
             raise out_of_memory(self.device, error) from None
 
+    def chooser(self, cache: Cache) -> Any:
+        """None: see Engine.chooser."""
+        return None
+
 
 def out_of_memory(device: Device, error: Exception) -> InputError:
     """What to say when an allocation failed that the plan of load has not foreseen."""
