@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from strategies import Model, models, ragged_runs, runs
 
 from llama3np import generate as generation
+from llama3np.cache import new_cache
 from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.llm import Llama
 from llama3np.params import random
-from llama3np.sample import Sampling, log_softmax
+from llama3np.sample import GREEDY, Sampling, log_softmax
 
 
 def llama(model, xp=np, **options):
@@ -353,3 +354,72 @@ def test_the_stop_id_has_no_text(xp, model, count):
     llm = llama(model, xp, tokenizer=FewerTokens(), stop_ids=range(model.config.vocab_size))
     (completion,) = llm.generate([0], count)
     assert (len(completion.ids), completion.text) == (1, ".")
+
+
+# ---- an engine that chooses by itself -----------------------------------------------------------
+
+TOYS = Config(4, 1, 1, 1, 4, 4, 7)
+
+
+class Toy:
+    """A model whose next id follows from a row's last one and how many it had before."""
+
+    def next_of(self, ids_B, lengths_B):
+        return (3 * ids_B + lengths_B + np.arange(len(ids_B))) % TOYS.vocab_size
+
+    def forward(self, ids_BT, cache, new_B, last_only):
+        cache.lengths_B = cache.lengths_B + new_B
+        last_B = ids_BT[np.arange(len(ids_BT)), np.maximum(np.asarray(new_B) - 1, 0)]
+        return 5 * np.eye(TOYS.vocab_size)[self.next_of(last_B, cache.lengths_B)][:, None]
+
+    def greedy(self, ids_B, cache, n):
+        found = []
+        for _ in range(n):
+            cache.lengths_B = cache.lengths_B + 1
+            ids_B = self.next_of(ids_B, cache.lengths_B)
+            found.append(ids_B)
+        logprobs_V = np.diag(log_softmax(5 * np.eye(TOYS.vocab_size)))
+        return np.array(found), logprobs_V[np.array(found)]
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=4), min_size=1, max_size=3),
+    st.integers(1, 12),
+    st.sets(st.integers(0, 6), max_size=3),
+    st.integers(1, 5),
+    st.booleans(),
+)
+def test_what_an_engine_chooses_ahead_is_what_the_host_would(prompts, most, stops, ahead, logprobs):
+    """Token by token, whenever rows stop; and the cache holds what was fed, and no more."""
+    toy, runs = Toy(), []
+    for greedy in (None, toy.greedy):
+        cache = new_cache(TOYS, len(prompts), 32)
+        steps = generation.generate(
+            toy.forward, cache, prompts, most, GREEDY, stops, logprobs, greedy=greedy, ahead=ahead
+        )
+        runs.append(([*steps], cache.lengths_B.tolist()))
+    assert runs[0] == runs[1]
+
+
+@given(st.integers(1, 5))
+def test_an_engine_chooses_only_what_is_asked_for(most):
+    """A stream that is left has fed what its reader has seen, if nothing was to be chosen ahead."""
+    toy, cache, asked = Toy(), new_cache(TOYS, 1, 32), []
+
+    def greedy(ids_B, cache, n):
+        asked.append(n)
+        return toy.greedy(ids_B, cache, n)
+
+    steps = generation.generate(
+        toy.forward, cache, [[1, 2]], 20, GREEDY, (), greedy=greedy, ahead=1
+    )
+    for _ in range(most):
+        next(steps)
+    steps.close()
+    assert asked == [1] * (most - 1)
+    assert cache.lengths_B.tolist() == [2 + most - 1]
+    sampled = generation.generate(
+        toy.forward, new_cache(TOYS, 1, 32), [[1]], 5, Sampling(1.0, seed=0), (), greedy=greedy
+    )
+    assert len([*sampled]) == 5
+    assert len(asked) == most - 1  # drawing is the host's
