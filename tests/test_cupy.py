@@ -381,12 +381,12 @@ def test_bits_are_the_same_run_after_run():
     assert_same(one, two, "logits")
 
 
-@pytest.mark.parametrize("engine", CUDA_ENGINES)
 @pytest.mark.parametrize("name", STORIES)
-def test_stories_generates_the_reference_ids(name, engine):
+def test_stories_generates_the_reference_ids_by_plain_operations(name):
+    """The engine cuda has all of test_goldens.py."""
     golden = json.loads(paths.shared("goldens/stories260k.json").read_text(encoding="utf-8"))
     item = next(item for item in golden["items"] if item["id"] == name)
-    llm = llama3np.load(paths.shared("data/stories260K.bin"), device="cuda", engine=engine)
+    llm = llama3np.load(paths.shared("data/stories260K.bin"), device="cuda", engine="cupy")
     count = min(24, item["max_new_tokens"])
     (completion,) = llm.generate(item["prompt_ids"], count, stop_ids=[1, 2])
     assert completion.ids == item["generated_ids"][:count]

@@ -12,6 +12,7 @@ import paths
 import pytest
 
 import llama3np
+from llama3np.backend import to_host
 from llama3np.kernels.engine import ENGINES
 from llama3np.llm import Llama
 from llama3np.params import from_named, named
@@ -46,12 +47,18 @@ def stories_arrays():
     return np.load(paths.shared("goldens/stories260k_arrays.npz"))
 
 
+ON_CUPY = pytest.param(("stories260K-hf", "cuda"), marks=[pytest.mark.cuda, pytest.mark.gpu])
+
+
 @pytest.fixture(
-    scope="module", params=[(name, engine) for name in STORIES_FILES for engine in ENGINES]
+    scope="module",
+    params=[*((name, engine) for name in STORIES_FILES for engine in ENGINES), ON_CUPY],
+    ids="-".join,
 )
 def stories_llm(request):
     name, engine = request.param
-    return llama3np.load(paths.shared(f"data/{name}"), engine=engine)
+    device = "cuda" if engine == "cuda" else "cpu"
+    return llama3np.load(paths.shared(f"data/{name}"), engine=engine, device=device)
 
 
 def generated_with_stop(item):
@@ -84,7 +91,7 @@ def check_steps(llm, item):
 def residual_stream(llm, ids):
     """The stream after the embedding and each layer (L+1, T, D), and after the last norm (T, D)."""
     taps = {}
-    llm.forward(ids, tap=lambda name, array: taps.update({name: array[0].copy()}))
+    llm.forward(ids, tap=lambda name, array: taps.update({name: to_host(array)[0].copy()}))
     names = ["embed", *(f"layers.{i}.h" for i in range(llm.config.n_layers))]
     return np.stack([taps[name] for name in names]), taps["norm"]
 
