@@ -84,12 +84,12 @@ class Cache:
                 f"{' or '.join(allowed)}, found {found} in {k.dtype}"
             )
 
-    def window(self, shape_BT: tuple[int, int], new_B: Any = None) -> Window:
-        """Place T tokens in each row, of which the first new_B[b] are real (all, if not given).
+    def room(self, shape_BT: tuple[int, int], new_B: Any = None) -> np.ndarray:
+        """The counts new_B of T tokens a row, all if not given, for which there is room.
 
         Raises InputError, before anything changes, if a row would not fit.
         """
-        (B, T), xp = shape_BT, namespace(self.k[0])
+        B, T = shape_BT
         if self.batch != B:
             raise InputError(f"cache: expected {self.batch} rows of token ids, found {B}")
         new_B = np.full(B, T) if new_B is None else np.asarray(new_B)
@@ -104,6 +104,15 @@ class Cache:
                 f"cache: row {b} holds {self.lengths_B[b]} tokens and {new_B[b]} more do not fit "
                 f"into max_seq_len {self.max_seq_len}"
             )
+        return new_B
+
+    def window(self, shape_BT: tuple[int, int], new_B: Any = None) -> Window:
+        """Place T tokens in each row, of which the first new_B[b] are real (all, if not given).
+
+        Raises InputError, before anything changes, if a row would not fit.
+        """
+        (B, T), xp = shape_BT, namespace(self.k[0])
+        new_B = self.room(shape_BT, new_B)
         positions_BT = self.lengths_B[:, None] + np.arange(T)
         rows_M, columns_M = np.nonzero(np.arange(T) < new_B[:, None])
         return Window(
@@ -113,7 +122,7 @@ class Cache:
             slots_M=xp.asarray(positions_BT[rows_M, columns_M]),
             last=(xp.arange(B)[:, None], xp.asarray(new_B - 1)[:, None]),
             new_B=new_B,
-            size=max(int(ends_B.max()), 1),
+            size=max(int((self.lengths_B + new_B).max()), 1),
         )
 
     def write(self, layer: int, window: Window, k_BTKH: Any, v_BTKH: Any) -> tuple[Any, Any]:
