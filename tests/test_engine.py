@@ -25,14 +25,13 @@ from llama3np import model as spec
 from llama3np.cache import Cache, new_cache
 from llama3np.config import Config
 from llama3np.errors import InputError
-from llama3np.kernels import Joined, ggml, stored
-from llama3np.kernels.blocks import Blocks
+from llama3np.kernels import Joined, stored
 from llama3np.kernels.engine import ENGINES, engine_class, make_engine
-from llama3np.kernels.ggml import FORMATS
 from llama3np.llm import Llama
 from llama3np.load.files import map_file, view
 from llama3np.numerics import profile
 from llama3np.params import from_named, named
+from llama3np.selftest import SCALES, blocks
 
 engines = st.sampled_from(ENGINES)
 threads = st.integers(1, 3)
@@ -119,27 +118,7 @@ def test_an_idle_row_changes_nothing_and_is_not_changed(model, extra, name):
 # ---- every format -------------------------------------------------------------------------------
 
 WIDE = Config(256, 2, 8, 2, 32, 512, 70, tied=False)  # whole blocks of 256 in every row
-# Where a block has its float16 scale and, of the formats that have one, its minimum.
-SCALES = {
-    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), (0,)),
-    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
-    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)},
-}
 STEPS = (40, 1, 1, 3, 12, 1)  # tokens of each call: prefill, decode, and what lies between
-
-
-def quantised(name, shape, rng):
-    """A matrix of random blocks, its weights about as large as those of a model."""
-    form = FORMATS[name]
-    blocks_BC = rng.integers(0, 256, (shape[0] * shape[1] // form.weights, form.nbytes), np.uint8)
-    for at in SCALES[name]:
-        blocks_BC[:, at : at + 2] = np.array([1], np.float16).view(np.uint8)
-    largest = np.abs(ggml.decode(name, blocks_BC, (len(blocks_BC), form.weights))).max()
-    for i, at in enumerate(SCALES[name]):
-        sign = -1 if i and name.endswith("_1") else 1  # their minimum is added, of others taken off
-        size = np.float16(sign * rng.uniform(0.05, 0.1) / largest)
-        blocks_BC[:, at : at + 2] = np.array([size]).view(np.uint8)
-    return Blocks(name, blocks_BC.reshape(shape[0], -1))
 
 
 def shards(w, axis):
@@ -155,7 +134,7 @@ def params_of(kind, config, rng):
         if w.ndim == 1:
             return w
         if kind in SCALES:
-            return quantised(kind, w.shape, rng)
+            return blocks(kind, w.shape, rng)
         if kind == "shards":
             return shards(w, 1 if name.endswith(("wo", "w_down", "embed_VD")) else 0)
         return w.astype(ml_dtypes.bfloat16 if kind == "bfloat16" else kind)
