@@ -25,19 +25,13 @@ from llama3np.errors import InputError
 from llama3np.generate import pad
 from llama3np.kernels import Blocks, stored
 from llama3np.kernels.engine import CUDA_ENGINES, ENGINES
-from llama3np.kernels.ggml import FORMATS, decode
+from llama3np.kernels.ggml import FORMATS, SCALES, decode
 from llama3np.llm import Llama, load
 from llama3np.params import Params, from_named, named, random
 
 PASS, FAIL = "PASS", "FAIL"
 
 PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-# Where a block has its float16 scale and, of the formats that have one, its minimum.
-SCALES = {
-    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), (0,)),
-    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
-    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)},
-}
 WIDE = Config(256, 1, 4, 2, 64, 512, 301)  # whole blocks of 256 in every row
 ODD = Config(66, 1, 3, 3, 22, 90, 47, rope_pairing="half", tied=True)  # rows that are not aligned
 HEADS = ((128, 4), (64, 4), (64, 3), (128, 1), (80, 1), (10, 3), (2, 1))  # size, group

@@ -9,16 +9,11 @@ import numpy as np
 
 from llama3np.kernels import ggml
 from llama3np.kernels.blocks import Blocks
+from llama3np.kernels.ggml import SCALES
 
 ULP = 2.0**-24  # half a unit in the last place of a float32 near 1: what one rounding may add
 BLOCK = {"Q8_0": 32, "Q4_0": 32, "Q4_1": 32, "Q5_0": 32, "Q5_1": 32}  # others: 256
 PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-# Where a block has its float16 scale and, of the formats that have one, its minimum.
-SCALES = {
-    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), (0,)),
-    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
-    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)},
-}
 
 
 @contextlib.contextmanager

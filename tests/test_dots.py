@@ -23,12 +23,8 @@ from llama3np.kernels import ggml
 from llama3np.kernels.cpu.compiler import jit
 from llama3np.kernels.cpu.dots import read_words, row_dot, widen_rows
 from llama3np.kernels.cpu.tiles import tile_dots
-from llama3np.kernels.ggml import FORMATS
+from llama3np.kernels.ggml import FORMATS, SCALES
 
-HALVES = {  # where a block has its float16 numbers
-    "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0],
-    "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],
-}  # fmt: skip
 UNIT = 2.0**-24  # what one rounding of float32 is off by, at most, relative to its result
 
 
@@ -73,7 +69,7 @@ def stored_rows(place, seed, tame):
     stored_RC = np.lib.stride_tricks.as_strided(buffer[start:], shape, strides)
     if tame and form.dtype is not None:
         stored_RC[...] = rng.standard_normal((rows, n)).astype(form.dtype).view(np.uint8)
-    for at in HALVES.get(name, []) if tame else []:
+    for at in SCALES.get(name, []) if tame else []:
         blocks = stored_RC.reshape(rows, -1, form.nbytes, copy=False)
         halves = rng.normal(0, 0.01, blocks.shape[:2]).astype(np.float16)
         blocks[:, :, at : at + 2] = halves[..., None].view(np.uint8)
@@ -138,7 +134,7 @@ def test_product_with_a_damaged_block_is_not_finite(name, data, seed, damage):
     rows, n = place.rows, place.n
     buffer, stored_RC = stored_rows(place, seed, tame=True)
     r, block = (data.draw(st.integers(0, most - 1)) for most in (rows, n // form.weights))
-    at = block * form.nbytes + data.draw(st.sampled_from(HALVES.get(name, [0])))
+    at = block * form.nbytes + data.draw(st.sampled_from(SCALES.get(name, [0])))
     number = np.array([damage], form.dtype or np.float16).view(np.uint8)
     stored_RC[r, at : at + number.size] = number
     y_R = compiled_product(place, buffer, np.ones(n, np.float32))

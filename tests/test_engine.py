@@ -27,11 +27,12 @@ from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.kernels import Joined, stored
 from llama3np.kernels.engine import ENGINES, engine_class, make_engine
+from llama3np.kernels.ggml import SCALES
 from llama3np.llm import Llama
 from llama3np.load.files import map_file, view
 from llama3np.numerics import profile
 from llama3np.params import from_named, named
-from llama3np.selftest import SCALES, blocks
+from llama3np.selftest import blocks
 
 engines = st.sampled_from(ENGINES)
 threads = st.integers(1, 3)

@@ -18,7 +18,7 @@ from llama3np.kernels.cpu import gemm, gemv
 from llama3np.kernels.cpu.gemm import products, takes
 from llama3np.kernels.cpu.panels import PIECE
 from llama3np.kernels.engine import make_engine
-from llama3np.kernels.ggml import FORMATS, decode
+from llama3np.kernels.ggml import FORMATS, SCALES, decode
 from llama3np.numerics import profile
 from llama3np.params import random
 from llama3np.threads import Pool
@@ -26,10 +26,6 @@ from llama3np.threads import Pool
 POOLS = {threads: Pool(threads) for threads in (1, 2, 3)}
 UNIT = 2.0**-24  # what one rounding of float32 is off by, at most, relative to its result
 SMALLEST = 2.0**-149
-HALVES = {  # where a block has its float16 numbers
-    "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0],
-    "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],
-}  # fmt: skip
 
 # Around the sizes at which the kernel takes its steps: vectors, panels, rows of a tile, ...
 rows_of_x = st.integers(1, 70) | st.sampled_from([511, 512, 513, 545])
@@ -53,7 +49,7 @@ def stored_bytes(name, n_out, n_in, seed, place=(0, 0)):
         stored_OC[...] = rng.standard_normal((n_out, n_in)).astype(form.dtype).view(np.uint8)
         return stored_OC
     blocks = rng.integers(0, 256, (n_out, row_bytes // form.nbytes, form.nbytes), np.uint8)
-    for at in HALVES[name]:
+    for at in SCALES[name]:
         halves = rng.normal(0, 0.01, blocks.shape[:2]).astype(np.float16)
         blocks[:, :, at : at + 2] = halves[..., None].view(np.uint8)
     stored_OC[...] = blocks.reshape(n_out, row_bytes)

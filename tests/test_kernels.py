@@ -17,7 +17,7 @@ from strategies import configs, seeds
 
 from llama3np import model
 from llama3np.kernels import Blocks, Half, Joined, chunks, ggml, product, stored
-from llama3np.kernels.ggml import FORMATS
+from llama3np.kernels.ggml import FORMATS, SCALES
 from llama3np.kernels.linear import Linear
 from llama3np.kernels.widening import from_half
 from llama3np.params import random
@@ -98,9 +98,6 @@ def test_one_float16_that_is_not_finite_is_seen(value):
 # ---- blocks -------------------------------------------------------------------------------------
 
 BLOCKS = [name for name, form in FORMATS.items() if form.dtype is None]
-# Where a block has its float16 numbers.
-SCALES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0]}
-SCALES |= {"Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
 
 
 def random_blocks(rng, type_name, n_out, n_blocks):

@@ -233,6 +233,13 @@ FORMATS = {
 
 NAMES = {form.number: name for name, form in FORMATS.items()}  # by the number in the file
 
+# Where a block has its float16 scale and, of the formats that have one, its minimum, in bytes.
+SCALES = {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)},
+}
+
 # ggml's other types, to name them when they are refused.
 OTHER_TYPES = {
     9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",
