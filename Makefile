@@ -17,8 +17,11 @@ PROMPT ?= Gravity is
 run: .venv/.model
 	$(BIN)/llama3np generate smollm2 "$(PROMPT)" --max-new-tokens 64
 
+# Both halves at a time, one processor each; that of CUDA is shown when the other has ended.
 test: .venv/.test .venv/.test-cuda .venv/.model .venv/.tokenizer
-	$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -m cuda > .venv/cuda.log 2>&1 & \
+	$(BIN)/python -m pytest -m "not cuda"; numpy=$$?; \
+	wait $$!; cuda=$$?; cat .venv/cuda.log; exit $$((numpy | cuda))
 
 test-cuda: .venv/.test .venv/.test-cuda .venv/.model
 	SOFTCUDA_EXECUTOR=ptx $(BIN)/python -m pytest -m cuda
