@@ -368,11 +368,13 @@ def test_greedy_steps_are_a_graph_launch_each_and_one_copy_back_in_all(softcuda)
     params, _ = random_params(WIDE, ("BF16",), seed=19)
     engine, cache = engine_of(params, WIDE), cache_of(WIDE, 1)
     with strict():
-        engine.greedy([1], cache, 2)
-        softcuda.reset()
-        engine.greedy([1], cache, 20)
-        found = {"launches": 1, "graph_launches": 20, "d2h": 1, "syncs": 1}
-        assert counts(softcuda) == found  # the launch brings the first token in
+        for _ in range(2):  # launch by launch, and captured
+            engine.greedy([1], cache, 2)
+        for n in (20, 1):
+            softcuda.reset()
+            engine.greedy([1], cache, n)
+            assert counts(softcuda) == {"graph_launches": n, "d2h": 1, "syncs": 1}
+            assert softcuda.stats()["d2h_bytes"] == 16 * n
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ class Step:
         self.logits = Pinned((self.M, model.config.vocab_size), np.float32)
         self.stream, self.pool = cp.cuda.Stream(non_blocking=True), cp.cuda.MemoryPool()
         self.before = cp.cuda.Event(disable_timing=True)
-        self.graphs: dict[bool, Any] = {}  # of ordered and greedy steps; None after the first
+        self.graphs: dict[tuple[bool, bool], Any] = {}  # by (ordered, chooses); None after the first
         self.parts = 0  # of the sums of squares, as the last kernel left them
 
     # ---- what a caller does --------------------------------------------------------------------
@@ -156,7 +156,7 @@ class Step:
     def forward(self, tokens_B: np.ndarray, positions_B: np.ndarray) -> np.ndarray:
         """Logits of one token a row, (B, V) on the host; a row of position -1 is left alone."""
         self._order(tokens_B, positions_B)
-        self._run(greedy=False)
+        self._run(ordered=True, chooses=False)
         logits_BV = self.logits.host[: self.B]
         self.buffers.logits_MV[: self.B].get(stream=self.stream, out=logits_BV)  # waits for it
         return logits_BV.copy()
@@ -170,10 +170,8 @@ class Step:
         is no number, means damaged logits.
         """
         self._order(tokens_B, positions_B)
-        with self.stream:
-            self._obey()
-        for _ in range(n):
-            self._run(greedy=True)
+        for i in range(n):
+            self._run(ordered=i == 0, chooses=True)
         records_nM2 = self.buffers.records[:n].get(stream=self.stream)
         with np.errstate(invalid="ignore"):
             return records_nM2[:, : self.B, 0].astype(np.int64), -np.log(
@@ -188,34 +186,37 @@ class Step:
         self.before.record()  # what the caller's stream does with the cache comes first
         self.stream.wait_event(self.before)
 
-    def _run(self, greedy: bool) -> None:
-        """At first launch by launch, which loads the kernels; then captured, then its graph."""
-        with self.stream:
-            if greedy not in self.graphs:
-                self._launches(greedy)
-                self.graphs[greedy] = None
-                return
-            if self.graphs[greedy] is None:
-                self.graphs[greedy] = self._captured(greedy)
-            self.graphs[greedy].launch(self.stream)
+    def _run(self, ordered: bool, chooses: bool) -> None:
+        """At first launch by launch, which loads the kernels; then captured, then its graph.
 
-    def _captured(self, greedy: bool) -> Any:
+        ordered: what comes in is what the host says, not what the last step chose.
+        """
+        kind = ordered, chooses
+        with self.stream:
+            if kind not in self.graphs:
+                self._launches(*kind)
+                self.graphs[kind] = None
+                return
+            if self.graphs[kind] is None:
+                self.graphs[kind] = self._captured(*kind)
+            self.graphs[kind].launch(self.stream)
+
+    def _captured(self, ordered: bool, chooses: bool) -> Any:
         with cp.cuda.using_allocator(self.pool.malloc):  # nothing of the common pool in a graph
             self.stream.begin_capture()
             try:
-                self._launches(greedy)
+                self._launches(ordered, chooses)
             finally:
                 graph = self.stream.end_capture()
         return graph
 
     # ---- the launches --------------------------------------------------------------------------
 
-    def _launches(self, greedy: bool) -> None:
-        """All of a step: what comes in is ordered by the host, or what the last step chose."""
-        if not greedy:
+    def _launches(self, ordered: bool, chooses: bool) -> None:
+        if ordered:
             self._obey()
         self._step()
-        if greedy:
+        if chooses:
             self._choose()
 
     def _step(self) -> None:
