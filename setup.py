@@ -33,8 +33,9 @@ TEST_CUDA = [
 ]
 
 EXTRAS = {
-    "cuda12": ["cupy-cuda12x[ctk]==14.*"],  # [ctk]: the toolkit's parts, so that a driver is enough
-    "cuda13": ["cupy-cuda13x[ctk]==14.*"],
+    # [ctk]: the toolkit's parts, so that a driver is enough. Before NumPy 2.1.2 CuPy has no bf16.
+    "cuda12": ["cupy-cuda12x[ctk]==14.*", "numpy>=2.1.2"],
+    "cuda13": ["cupy-cuda13x[ctk]==14.*", "numpy>=2.1.2"],
     "fast": FAST,
     "gguf": ["gguf>=0.17"],
     "llama2": LLAMA2,

@@ -41,6 +41,8 @@ KV_SLACK = {"f32": 0.0, "f16": 2.0**-12, "bf16": 2.0**-11}
 NOISE, ULP = 8, 2.0**-23
 LOGIT = 1e-3  # absolute, of real models: every single mistake that was tried changes them by more
 ROWS, STEPS = (9, 4, 17, 1, 5, 8, 3, 2), 3
+LONG = 530  # tokens: more than two stretches of any attention that is cut into such
+BATCHED = ("BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K")  # formats of which batches are tried
 TEXT = "The first person who walked on the Moon was"
 
 
@@ -89,11 +91,11 @@ def _all(device: Device, path: str | None) -> Iterator[tuple[str, str, Check]]:
     for engine in engines:
         yield from formats(device, engine)
         yield from heads(device, engine)
-        for count in (4, 8):
-            about = f"{engine}: {count} ragged rows"
-            yield "batches", about, _case(device, engine, WIDE, ROWS[:count])
+        yield from batches(device, engine)
+        yield "long", f"{engine}: {LONG} tokens", _case(device, engine, WIDE, (LONG, 5))
     if device.kind == "cuda":
         yield "graph", "replay against single launches", partial(selfcheck.replay, device)
+        yield "graph", "greedy tokens against the logits", partial(selfcheck.greedy, device)
     if path is not None:
         for engine in engines:
             yield "model", f"{path}, {engine}", partial(real, path, device, engine)
@@ -124,6 +126,14 @@ def heads(device: Device, engine: str) -> Iterator[tuple[str, str, Check]]:
         for kv in KV_DTYPES:
             about = f"{engine}: size {size}, groups of {group}, {pairing}, {kv}"
             yield "heads", about, _case(device, engine, config, ROWS[:2], "BF16", kv)
+
+
+def batches(device: Device, engine: str) -> Iterator[tuple[str, str, Check]]:
+    """Ragged rows, as many as kernels are made for, and not all of them."""
+    for name in BATCHED:
+        for count in (2, 3, 8):
+            about = f"{engine}: {count} ragged rows, {name}"
+            yield "batches", about, _case(device, engine, WIDE, ROWS[:count], name)
 
 
 def _case(

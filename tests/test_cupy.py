@@ -444,3 +444,12 @@ def test_bench_refuses_what_a_device_cannot_tell(capsys):
     for option in (["--profile-ops"], ["--vs", "llama.cpp"]):
         assert cli.main(["bench", "/nowhere", "--device", "cuda", *option]) == 2
         assert f"{option[0]}: expected --device cpu, found cuda" in capsys.readouterr().err
+
+
+def test_a_cache_of_another_device_is_refused_in_a_sentence():
+    here, there = Llama(TINY.config, TINY.params, max_seq_len=8), on_device(TINY, "cuda")
+    for llm, cache in ((there, here.new_cache(1, 8)), (here, there.new_cache(1, 8))):
+        with pytest.raises(InputError, match="cache: expected one that lies on c"):
+            llm.forward([1], cache)
+        with pytest.raises(InputError, match="cache: expected one that lies on c"):
+            next(llm.stream([1], 2, cache=cache))

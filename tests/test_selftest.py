@@ -24,6 +24,7 @@ def few(monkeypatch):
     monkeypatch.setattr(selftest, "SCALES", {"Q4_0": (0,)})
     monkeypatch.setattr(selftest, "PLAIN", {"BF16": ml_dtypes.bfloat16})
     monkeypatch.setattr(selftest, "HEADS", ((10, 3),))
+    monkeypatch.setattr(selftest, "BATCHED", ("Q4_0",))
     monkeypatch.setattr(selftest, "default_model", lambda: None)
 
 
@@ -140,7 +141,13 @@ def test_the_command_ends_in_pass_and_writes_its_report(few, tmp_path, capsys):
     assert lines[-1] == "PASS"
     report = json.loads(path.read_text())
     assert (report["verdict"], report["device"], report["model"]) == ("PASS", "cpu", model)
-    assert {check["part"] for check in report["checks"]} == {"formats", "heads", "batches", "model"}
+    assert {check["part"] for check in report["checks"]} == {
+        "formats",
+        "heads",
+        "batches",
+        "long",
+        "model",
+    }
     assert "numpy" in report["versions"]
 
 
@@ -193,7 +200,7 @@ def test_a_device_passes(few_kernels):
     found = outcomes(CUDA, str(paths.shared("data/stories260K.bin")))
     assert set(found.values()) == {selftest.PASS}, found
     parts = {name.partition(" ")[0] for name in found}
-    assert parts == {"kernels", "rows", "formats", "heads", "batches", "graph", "model"}
+    assert parts == {"kernels", "rows", "formats", "heads", "batches", "long", "graph", "model"}
 
 
 @pytest.mark.gpu

@@ -191,7 +191,7 @@ def token_kernel(entry: str) -> Kernel:
 
 def prefill_kernel(head: int, cached: np.dtype) -> Kernel:
     """Attention of many queries, by blocks of queries and keys: "attend_block"."""
-    size = 32 if head <= 128 else 16
+    size = 32 if head <= 128 else 16 if head <= 256 else 8  # shared memory holds keys and values
     defines = {"HEAD": head, "CACHED": CACHED.index(cached), "QUERIES": size, "KEYS": size}
     return Kernel(
         "attend_block", ("prefill.cu",), tuple(defines.items()), cached=cached, registers=168

@@ -12,6 +12,7 @@ from llama3np import selftest
 from llama3np.backend import Device, on, to_host
 from llama3np.kernels.cuda import registry, weights
 from llama3np.kernels.cuda.launch import compiled
+from llama3np.kernels.cuda.step import RECORDS
 from llama3np.kernels.ggml import decode
 from llama3np.llm import Llama
 
@@ -76,3 +77,22 @@ def replay(device: Device) -> str:
     if any(again.tobytes() != logits[0].tobytes() for again in logits[1:]):
         raise selftest.MismatchError("a replayed step has other bits than its launches")
     return f"{REPLAYS - 1} replays, the same bits"
+
+
+def greedy(device: Device) -> str:
+    """Tokens that the device chooses, more than it records at a time, beside the host's choice."""
+    config, n = selftest.WIDE, RECORDS + 6
+    params = selftest.made(config, "BF16", np.random.default_rng(3))
+    params = params._replace(head_VD=np.repeat(params.head_VD[: config.vocab_size // 2 + 1], 2, 0))
+    params = params._replace(head_VD=params.head_VD[: config.vocab_size])  # every logit twice
+    llm = Llama(config, params, device=str(device), engine="cuda")
+    ids_B = np.array([7, 8])
+    found, _ = llm.engine.greedy(ids_B, llm.new_cache(2, n), n)
+    cache, expected = llm.new_cache(2, n), []
+    for _ in range(n):
+        logits_B1V = llm.engine.forward(ids_B[:, None], cache)
+        ids_B = logits_B1V[:, 0].argmax(axis=-1)
+        expected.append(ids_B)
+    if (found != np.stack(expected)).any():
+        raise selftest.MismatchError("the device chooses others than the largest logits, lowest id")
+    return f"{n} tokens of 2 rows, the same"

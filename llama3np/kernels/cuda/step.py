@@ -148,7 +148,7 @@ class Step:
         self.logits = Pinned((self.M, model.config.vocab_size), np.float32)
         self.stream, self.pool = cp.cuda.Stream(non_blocking=True), cp.cuda.MemoryPool()
         self.before = cp.cuda.Event(disable_timing=True)
-        self.graphs: dict[tuple[bool, bool], Any] = {}  # by (ordered, chooses); None after the first
+        self.graphs: dict[tuple[bool, bool], Any] = {}  # by how `_run` is called; None at first
         self.parts = 0  # of the sums of squares, as the last kernel left them
 
     # ---- what a caller does --------------------------------------------------------------------
