@@ -41,7 +41,7 @@ KV_SLACK = {"f32": 0.0, "f16": 2.0**-12, "bf16": 2.0**-11}
 NOISE, ULP = 8, 2.0**-23
 LOGIT = 1e-3  # absolute, of real models: every single mistake that was tried changes them by more
 ROWS, STEPS = (9, 4, 17, 1, 5, 8, 3, 2), 3
-LONG = 530  # tokens: more than two stretches of any attention that is cut into such
+LONG = 511  # tokens: those after them are the last of a stretch of attention, and the first of one
 BATCHED = ("BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K")  # formats of which batches are tried
 TEXT = "The first person who walked on the Moon was"
 

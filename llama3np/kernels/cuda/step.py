@@ -173,7 +173,7 @@ class Step:
         for i in range(n):
             self._run(ordered=i == 0, chooses=True)
         records_nM2 = self.buffers.records[:n].get(stream=self.stream)
-        with np.errstate(invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             return records_nM2[:, : self.B, 0].astype(np.int64), -np.log(
                 records_nM2[:, : self.B, 1]
             )
