@@ -1,4 +1,9 @@
-"""The exceptions that mean: what was given cannot be used."""
+"""What people are told: the exceptions that mean, what was given cannot be used; and warnings."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
 
 
 class InputError(ValueError):
@@ -11,3 +16,9 @@ class InputError(ValueError):
 
 class CheckpointError(InputError):
     """A file of a checkpoint that is broken, incomplete, hostile or not supported."""
+
+
+@cache
+def warn_once(words: str) -> None:
+    """Say a thing in the log of the package, at its first time in this process."""
+    logging.getLogger("llama3np").warning("llama3np: %s", words)

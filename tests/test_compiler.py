@@ -18,7 +18,7 @@ from llama3np.kernels.cpu import compiler
 def folder(tmp_path, monkeypatch):
     """A cache folder of the test's own, and no memory of what was said before."""
     monkeypatch.setattr(compiler, "CACHE", tmp_path / "kernels")
-    compiler._warn_once.cache_clear()
+    compiler.warn_once.cache_clear()
     return tmp_path / "kernels"
 
 
@@ -41,7 +41,7 @@ def test_a_kernel_is_compiled_once_and_that_is_said_once(folder, tmp_path, caplo
     assert len(said) == 1
     assert str(folder) in said[0]
     caplog.clear()
-    compiler._warn_once.cache_clear()
+    compiler.warn_once.cache_clear()
     kept = compiled(tmp_path)
     assert kept(21) == 42
     assert sum(kept.stats.cache_hits.values()) == 1
@@ -73,7 +73,7 @@ def test_where_nothing_can_be_written_kernels_are_compiled_each_time(tmp_path, m
     """And not kept where numba would put them next: beside the sources, with no digest."""
     monkeypatch.setattr(compiler, "CACHE", tmp_path / "file" / "kernels")
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    compiler._warn_once.cache_clear()
+    compiler.warn_once.cache_clear()
     assert compiled(tmp_path)(21) == 42
     assert not list(tmp_path.rglob("*.nbi"))
     assert any("cannot be written to" in record.message for record in caplog.records)

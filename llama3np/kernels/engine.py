@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from functools import cache, partial
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from numbers import Integral
@@ -17,7 +16,7 @@ from llama3np import model
 from llama3np.backend import CPU, Device
 from llama3np.cache import Cache
 from llama3np.config import Config
-from llama3np.errors import InputError
+from llama3np.errors import InputError, warn_once
 from llama3np.kernels import tokens
 from llama3np.kernels.attention import attention
 from llama3np.kernels.linear import Linear, Products
@@ -133,14 +132,9 @@ def engine_class(name: str | None, device: Device = CPU) -> type[Any]:
         said = f"engine: numba cannot be imported ({error})"
         if name == "numba":
             raise InputError(f'{said}; pip install "llama3np[fast]"') from None
-        _warn_once(f"{said}; NumPy computes alone")
+        warn_once(f"{said}; NumPy computes alone")
         return Engine
     return CompiledEngine
-
-
-@cache
-def _warn_once(words: str) -> None:
-    logging.getLogger("llama3np").warning("llama3np: %s", words)
 
 
 def _cuda_class(name: str | None) -> type[Any]:

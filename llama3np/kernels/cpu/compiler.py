@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
-import logging
 import os
 import shutil
 import stat
@@ -21,6 +19,7 @@ import numba.core.config
 import platformdirs
 from numba.core.caching import NullCache
 
+from llama3np.errors import warn_once
 from llama3np.kernels import ggml
 
 # Sums may be reordered, products contracted. Not "nnan" and "ninf": those would let the compiler
@@ -33,7 +32,6 @@ UNUSED = 60  # days after which a folder of another version is removed
 _SETTINGS = numba.core.config  # numba's, of the whole process
 if _SETTINGS.DISABLE_JIT:  # addresses mean nothing to the interpreter
     raise ImportError("NUMBA_DISABLE_JIT is set")
-_LOG = logging.getLogger("llama3np")
 
 
 def cache_folder() -> Path:
@@ -115,13 +113,13 @@ def _loading(cache: Any) -> Callable:
         try:
             found = load(*args)
         except Exception as error:  # a file that was cut off holds anything
-            _warn_once(f"{CACHE} has a damaged file ({error!r}), which is made again")
+            warn_once(f"{CACHE} has a damaged file ({error!r}), which is made again")
             found = None
             with contextlib.suppress(OSError):
                 cache.flush()  # its table of contents: what it says may be wrong as well
         if found is None:
             kept = f"kept in {CACHE}" if CACHE.exists() else f"{CACHE} cannot be written to"
-            _warn_once(f"compiling kernels for this processor, some 20 seconds in all; {kept}")
+            warn_once(f"compiling kernels for this processor, some 20 seconds in all; {kept}")
         return found
 
     return load_or_compile
@@ -134,11 +132,6 @@ def _saving(cache: Any) -> Callable:
         try:
             save(*args)
         except OSError as error:  # a full disk
-            _warn_once(f"compiled kernels cannot be kept in {CACHE}: {error.strerror}")
+            warn_once(f"compiled kernels cannot be kept in {CACHE}: {error.strerror}")
 
     return save_if_possible
-
-
-@functools.cache
-def _warn_once(words: str) -> None:
-    _LOG.warning("llama3np: %s", words)
