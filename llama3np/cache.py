@@ -69,10 +69,10 @@ class Cache:
 
     # ---- what a forward pass does -------------------------------------------------------------
 
-    def check(self, config: Any, dtype: Any) -> None:
-        """Raise InputError if this is the cache of another model or another precision.
+    def check(self, config: Any, dtype: Any, xp: Any = np) -> None:
+        """Raise InputError if this is the cache of another model, another precision or device.
 
-        dtype is that of the arithmetic.
+        dtype is that of the arithmetic, xp the module of the model's arrays.
         """
         expected = config.n_layers, config.n_kv_heads, config.head_dim
         k = self.k[0]
@@ -83,6 +83,9 @@ class Cache:
                 f"cache: expected (layers, key/value heads, head size) {expected} in "
                 f"{' or '.join(allowed)}, found {found} in {k.dtype}"
             )
+        if namespace(k) is not xp:
+            place, other = ("cpu", "cuda") if xp is np else ("cuda", "cpu")
+            raise InputError(f"cache: expected one that lies on {place}, found one on {other}")
 
     def room(self, shape_BT: tuple[int, int], new_B: Any = None) -> np.ndarray:
         """The counts new_B of T tokens a row, all if not given, for which there is room.

@@ -184,15 +184,8 @@ class Llama:
         if not rows or not all(rows):
             raise InputError("token ids: expected at least one in every row, found an empty row")
         ids_BT, new_B = generation.pad(rows)
-        cache = self.new_cache(*ids_BT.shape) if cache is None else self._own(cache)
+        cache = self.new_cache(*ids_BT.shape) if cache is None else cache
         return self.engine.forward(ids_BT, cache, new_B, tap, last_only)
-
-    def _own(self, cache: Cache) -> Cache:
-        """The cache; raise InputError for one of another model, precision or device."""
-        cache.check(self.config, self.profile.dtype)
-        if namespace(cache.k[0]) is not namespace(self.params.norm_D):
-            raise InputError(f"cache: expected one that lies on {self.device}, found another's")
-        return cache
 
     def _run(self, ids_BT: np.ndarray, cache: Cache, new_B: Any, last_only: bool) -> np.ndarray:
         return self.engine.forward(ids_BT, cache, new_B, None, last_only)
@@ -299,7 +292,7 @@ class Llama:
     ) -> Iterator[list[generation.Token]]:
         chosen = as_sampling(sampling)
         if cache is not None:
-            self._own(cache)
+            cache.check(self.config, self.profile.dtype, namespace(self.params.norm_D))
             if cache.batch != len(batch):
                 raise InputError(f"cache: expected {len(batch)} rows, found {cache.batch}")
         stops = self.stop_ids if stop_ids is None else frozenset(as_ids(stop_ids))

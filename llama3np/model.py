@@ -153,7 +153,7 @@ def forward(
     Raises InputError, before any work, for an id or a length out of range.
     """
     xp, ids_BT = namespace(params.norm_D), host_ids(ids_BT, config.vocab_size)
-    cache.check(config, dtype)
+    cache.check(config, dtype, xp)
     window = cache.window(ids_BT.shape, new_B)
     cos_BTP, sin_BTP = rope_tables(config, window.positions_BT, dtype)
     turn = partial(ops.rope, cos_BTP=cos_BTP, sin_BTP=sin_BTP, pairing=config.rope_pairing)

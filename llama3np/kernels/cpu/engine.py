@@ -85,7 +85,7 @@ class CompiledEngine(Engine):
         tokens = np.size(ids_BT) if new_B is None else int(np.sum(new_B))
         few = 1 <= tokens <= MOST_TOKENS and tap is None and self.model is not None
         # Compiled code is given addresses alone: of views it would read and write something else.
-        if not few or not all(array.flags.carray for array in (*cache.k, *cache.v)):
+        if not few or not all(map(_is_whole, (*cache.k, *cache.v))):
             return super().forward(ids_BT, cache, new_B, tap, last_only)
         ids_BT = host_ids(ids_BT, self.config.vocab_size)
         cache.check(self.config, self.profile.dtype)
@@ -135,6 +135,10 @@ class CompiledEngine(Engine):
         except IndexError:
             return Room(self, sizes)
         return room if room.sizes == sizes else Room(self, sizes)
+
+
+def _is_whole(array: Any) -> bool:
+    return isinstance(array, np.ndarray) and array.flags.carray
 
 
 class Room:

@@ -55,7 +55,7 @@ class CudaEngine(CupyEngine):
             return super().forward(ids_BT, cache, new_B, tap, last_only)
         ids_BT = host_ids(ids_BT, self.config.vocab_size)
         with on(self.device):
-            cache.check(self.config, self.profile.dtype)
+            cache.check(self.config, self.profile.dtype, cp)
             new_B = cache.room((B, 1), new_B)
             positions_B = np.where(new_B > 0, cache.lengths_B, -1)
             logits_BV = self._step(cache).forward(ids_BT[:, 0], positions_B)
@@ -75,7 +75,7 @@ class CudaEngine(CupyEngine):
                 f"greedy: expected float32 and 1 to {MOST_ROWS} rows, found {len(ids_B1)}"
             )
         with on(self.device):
-            cache.check(self.config, self.profile.dtype)
+            cache.check(self.config, self.profile.dtype, cp)
             cache.room((len(ids_B1), n), None)
             found, last_B = [], ids_B1[:, 0]
             for start in range(0, n, RECORDS):
