@@ -33,6 +33,15 @@ def widen(array: Any) -> Any:
     return array.astype(np.float32) if array.dtype.itemsize == 2 else array
 
 
+def narrow(array: Any, like: Any) -> Any:
+    """Return an array in the dtype of another: what was widened to compute is rounded once.
+
+    To the nearest, ties to even, as processors and GPUs round. Of float32 and float64 nothing
+    happens, and nothing is copied.
+    """
+    return array.astype(like.dtype, copy=False)
+
+
 def to_host(array: Any) -> np.ndarray:
     """The numbers of an array of either module in a NumPy array; a host array is returned as is.
 

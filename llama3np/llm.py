@@ -26,7 +26,7 @@ from llama3np.kernels.engine import (
     make_engine,
     refuse_unrounded,
 )
-from llama3np.numerics import profile
+from llama3np.numerics import profile, short_params
 from llama3np.params import Params, check, named
 from llama3np.sample import GREEDY, Sampling
 
@@ -102,6 +102,8 @@ class Llama:
         self.prefill_chunk = as_count("prefill_chunk", chunk, 1)
         self.device = parse_device(device)
         use(self.device), engine_class(engine, self.device)
+        if self.profile.short:
+            params = short_params(params, self.profile.dtype)
         self.params = self._placed(params, progress)
         made = self.params, config, self.profile, self.device
         self.engine = make_engine(engine, threads, *made)

@@ -14,7 +14,7 @@ from math import inf, pi, sqrt
 
 import numpy as np
 
-from llama3np.backend import host_ids, namespace, widen
+from llama3np.backend import host_ids, namespace, narrow, widen
 
 # ---- the five operations ------------------------------------------------------------------------
 
@@ -27,13 +27,13 @@ def rms_norm(x_BTD, w_D, eps):
     xp = namespace(x_BTD)
     wide_BTD = widen(x_BTD)  # bf16 keeps 8 bits, too few for a sum of D = 4096 squares
     scale_BT1 = 1 / xp.sqrt((wide_BTD * wide_BTD).mean(axis=-1, keepdims=True) + eps)
-    return (wide_BTD * scale_BT1).astype(x_BTD.dtype, copy=False) * w_D  # bf16 shows this order
+    return narrow(wide_BTD * scale_BT1, x_BTD) * w_D  # bf16 shows this order
 
 
 def linear(x_BTD, w):
     """Multiply every vector by a weight matrix: y = W x, written for rows as x @ W.T."""
-    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])  # M = B * T rows: a product of two matrices
-    return (x_MD @ w.T).reshape(*x_BTD.shape[:-1], w.shape[0])
+    x_MD = widen(x_BTD.reshape(-1, x_BTD.shape[-1]))  # M = B * T rows: a product of two matrices
+    return narrow(x_MD @ w.T, x_BTD).reshape(*x_BTD.shape[:-1], w.shape[0])
 
 
 def rope(x_BTNH, cos_BTP, sin_BTP, pairing):
@@ -62,25 +62,25 @@ def attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, see):
     """
     (B, T, N, H), (K, S) = q_BTNH.shape, k_BKSH.shape[1:3]
     xp, G, k_BKHS = namespace(q_BTNH), N // K, widen(k_BKSH).swapaxes(2, 3)
-    q_BKGTH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
-    raw_BKGTS = (q_BKGTH.reshape(B, K, G * T, H) @ k_BKHS).reshape(B, K, G, T, S)
+    q_BKGTH = widen(q_BTNH).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
+    raw_BKGTS = narrow(q_BKGTH.reshape(B, K, G * T, H) @ k_BKHS, q_BTNH).reshape(B, K, G, T, S)
     # The query at position p stands in row p - length, because the cache holds the rows before it;
     # it sees the keys at 0..p. This one mask serves prefill, chunks, decode and ragged rows.
     visible_B11TS = xp.arange(S) <= positions_BT[:, None, None, :, None]
-    scores_BKGTS = xp.where(visible_B11TS, raw_BKGTS / sqrt(H), -inf)
+    scores_BKGTS = narrow(xp.where(visible_B11TS, widen(raw_BKGTS) / sqrt(H), -inf), q_BTNH)
     see("scores", scores_BKGTS.reshape(B, N, T, S))
-    powers_BKGTS = xp.exp(scores_BKGTS - scores_BKGTS.max(axis=-1, keepdims=True))
-    probs_BKGTS = powers_BKGTS / powers_BKGTS.sum(axis=-1, keepdims=True)
+    powers_BKGTS = xp.exp(widen(scores_BKGTS) - widen(scores_BKGTS.max(axis=-1, keepdims=True)))
+    probs_BKGTS = narrow(powers_BKGTS / powers_BKGTS.sum(axis=-1, keepdims=True), q_BTNH)
     see("probs", probs_BKGTS.reshape(B, N, T, S))
-    attn_BKGTH = (probs_BKGTS.reshape(B, K, G * T, S) @ widen(v_BKSH)).reshape(B, K, G, T, H)
-    return attn_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    attn_BKGTH = (widen(probs_BKGTS).reshape(B, K, G * T, S) @ widen(v_BKSH)).reshape(B, K, G, T, H)
+    return narrow(attn_BKGTH, q_BTNH).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def swiglu(gate_BTF, up_BTF):
     """Let one projection gate the other: silu(gate) * up, silu(x) = x / (1 + e^-x). Shazeer 2020"""
     xp = namespace(gate_BTF)
-    bounded_BTF = xp.maximum(gate_BTF, -88)  # e^89 overflows float32; silu(-88) is 0 but for 1e-36
-    return gate_BTF / (1 + xp.exp(-bounded_BTF)) * up_BTF
+    bounded_BTF = xp.maximum(widen(gate_BTF), -88)  # e^89 overflows; silu(-88) is 0 but for 1e-36
+    return narrow(widen(gate_BTF) / (1 + xp.exp(-bounded_BTF)), gate_BTF) * up_BTF
 
 
 # forward takes them as one tuple; an engine replaces them one by one, PLAIN._replace(linear=...)
@@ -117,7 +117,7 @@ def rope_tables(config, positions_BT, dtype):
     "llama3" scaling stretches the wavelengths longer than old_context / high_freq_factor, the
     longest by the whole factor: Meta llama-models model.py.
     """
-    xp, H = namespace(positions_BT), config.head_dim
+    xp, H, dtype = namespace(positions_BT), config.head_dim, np.result_type(dtype, np.float32)
     freq_P = 1 / np.power(config.rope_theta, np.arange(0, H, 2) / H).astype(dtype)
     if (scaling := config.rope_scaling) is not None:
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -165,6 +165,6 @@ def forward(
         h_BTD = block(layer, h_BTD, write, turn, window.positions_BT, config, ops, see_i)
     wanted = window.last if last_only else slice(None)  # T is 1 from here on if last_only
     norm_BTD = see("norm", ops.rms_norm(h_BTD[wanted], params.norm_D, config.norm_eps))
-    logits_BTV = see("logits", ops.linear(norm_BTD, params.head_VD))
+    logits_BTV = see("logits", widen(ops.linear(norm_BTD, params.head_VD)))
     cache.advance(window)
     return logits_BTV, cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,6 +81,14 @@ def from_named(tensors: dict[str, Weight], config: Config) -> Params:
     embed_VD = tensors["embed_VD"]
     head_VD = embed_VD if config.tied else tensors["head_VD"]
     return Params(embed_VD, layers, tensors["norm_D"], head_VD)
+
+
+def mapped(params: Params, change: Callable[[Weight], Weight]) -> Params:
+    """The tree with every tensor changed; a tied head stays the embedding table itself."""
+    embed_VD = change(params.embed_VD)
+    head_VD = embed_VD if params.head_VD is params.embed_VD else change(params.head_VD)
+    layers = tuple(Layer(*map(change, layer)) for layer in params.layers)
+    return Params(embed_VD, layers, change(params.norm_D), head_VD)
 
 
 def check(params: Params, config: Config) -> None:

@@ -46,13 +46,14 @@ class Engine:
 
     def __init__(self, params: Params, config: Config, profile: Profile, pool: Pool):
         self.params, self.config, self.profile, self.pool = params, config, profile, pool
-        self.tapped = model.PLAIN._replace(
-            rms_norm=partial(tokens.rms_norm, pool=pool),
-            linear=Linear(params, self.products()),
-            rope=partial(tokens.rope, pool=pool),
-            swiglu=partial(tokens.swiglu, pool=pool),
-        )
-        self.ops = self.tapped._replace(attention=partial(attention, pool=pool))
+        self.tapped = self.ops = profile.ops._replace(linear=Linear(params, self.products()))
+        if not profile.short:
+            self.tapped = self.tapped._replace(
+                rms_norm=partial(tokens.rms_norm, pool=pool),
+                rope=partial(tokens.rope, pool=pool),
+                swiglu=partial(tokens.swiglu, pool=pool),
+            )
+            self.ops = self.tapped._replace(attention=partial(attention, pool=pool))
 
     def __reduce__(self) -> Any:
         """A copy is made anew from copies of the weights: what is compiled holds addresses."""

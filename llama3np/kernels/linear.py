@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from llama3np.backend import narrow, widen
 from llama3np.params import Params
 
 # (x_MD, weights) -> x_MD @ w.T for each of them
@@ -34,12 +35,12 @@ class Linear:
         done = self._done
         if done.x is not x_BTD or id(w) not in done.y:
             weights = self._together.get(id(w), (w,))
-            found = self.products(x_BTD.reshape(-1, x_BTD.shape[-1]), weights)
+            found = self.products(widen(x_BTD.reshape(-1, x_BTD.shape[-1])), weights)
             done.x, done.y = x_BTD, dict(zip(map(id, weights), found, strict=True))
         y_MO = done.y.pop(id(w))
         if not done.y:
             done.x = None
-        return y_MO.reshape(*x_BTD.shape[:-1], w.shape[0])
+        return narrow(y_MO, x_BTD).reshape(*x_BTD.shape[:-1], w.shape[0])
 
 
 class _Done(threading.local):

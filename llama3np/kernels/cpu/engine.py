@@ -66,7 +66,7 @@ class CompiledEngine(Engine):
         """What computes x_MD @ w.T by the profile: our own kernels where the processor has them."""
         rounded, pool, blas = self.profile.rounded, self.pool, super().products()
         has_bf16 = rounded and gemm_bf16.supported()
-        is_f32, has_avx512 = self.profile.dtype == "float32", gemm.supported()
+        is_f32, has_avx512 = self.profile.dtype != "float64", gemm.supported()
 
         def multiply(x_MD: np.ndarray, weights: Sequence[Any]) -> list[np.ndarray]:
             if has_bf16 and all(isinstance(w.stored, np.ndarray) for w in weights):

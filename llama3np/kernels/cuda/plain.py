@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from llama3np import cost, model
-from llama3np.backend import Device, on, to_host
+from llama3np.backend import Device, narrow, on, to_host, widen
 from llama3np.cache import Cache
 from llama3np.config import Config
 from llama3np.errors import InputError
@@ -37,10 +37,12 @@ class CupyEngine:
     def __init__(self, params: Params, config: Config, profile: Profile, device: Device):
         self.params, self.config, self.profile, self.device = params, config, profile, device
         multiply = partial(product, rounded=profile.rounded)
-        self.tapped = model.PLAIN._replace(linear=partial(linear, multiply=multiply))
+        self.tapped = profile.ops._replace(linear=partial(linear, multiply=multiply))
 
     def untapped(self, cache: Cache) -> model.Ops:
         """The operations of a call without a tap."""
+        if self.profile.short:
+            return self.tapped
         by_blocks = partial(attention, longest=int(cache.lengths_B.max()))
         return self.tapped._replace(attention=by_blocks)
 
@@ -80,8 +82,8 @@ def out_of_memory(device: Device, error: Exception) -> InputError:
 
 def linear(x_BTD: Any, w: Any, *, multiply: Callable[[Any, Any], Any]) -> Any:
     """model.linear by another product of a weight and vectors."""
-    y_MO = multiply(x_BTD.reshape(-1, x_BTD.shape[-1]), w)
-    return y_MO.reshape(*x_BTD.shape[:-1], w.shape[0])
+    y_MO = multiply(widen(x_BTD.reshape(-1, x_BTD.shape[-1])), w)
+    return narrow(y_MO, x_BTD).reshape(*x_BTD.shape[:-1], w.shape[0])
 
 
 def product(x_MK: Any, w: Any, rounded: bool = False) -> Any:
