@@ -11,7 +11,7 @@ from strategies import seeds
 from test_cli import llama3np, result
 
 import llama3np as package
-from llama3np.crosscheck import logits
+from llama3np.crosscheck import logits, references
 from llama3np.errors import InputError
 
 TEXT = "Once upon a time, there was a little girl named Lily."
@@ -141,13 +141,13 @@ def test_a_window_is_scored_on_its_own(stories, ids):
 
 def test_a_file_of_all_logits_is_as_good_as_a_reference(stories, ids, tmp_path):
     parts = logits.windows(stories, ids)
-    logits.save(tmp_path / "ref.npz", logits.score(stories, parts, top=512)[0], {})
+    references.save(tmp_path / "ref.npz", logits.score(stories, parts, top=512)[0], {})
     all_TV = stories.forward(ids)[0]
     np.savez(tmp_path / "all.npz", ids=np.array(ids), logits=all_TV)
     np.savez(tmp_path / "less.npz", ids=np.array([ids]), logits=all_TV[None, :-1])
     for first in ("ref", "all", "less"):
         for second in ("ref", "all", "less"):
-            found = logits.compared(tmp_path / f"{first}.npz", tmp_path / f"{second}.npz")
+            found = references.compared(tmp_path / f"{first}.npz", tmp_path / f"{second}.npz")
             assert found["tokens"] == len(ids) - 1
             assert abs(found["kl_max"]) < 1e-9
             assert found["top1_agreement"] == found["top5_agreement"] == 1
@@ -172,7 +172,7 @@ def test_a_candidate_that_cannot_be_compared_is_refused(stories, ids, tmp_path, 
     np.savez(tmp_path / "ref.npz", **right)
     np.savez(tmp_path / "cand.npz", **change(right))
     with pytest.raises(InputError, match=said):
-        logits.compared(tmp_path / "ref.npz", tmp_path / "cand.npz")
+        references.compared(tmp_path / "ref.npz", tmp_path / "cand.npz")
 
 
 def test_not_a_number_never_passes(stories, ids, tmp_path):
@@ -181,7 +181,7 @@ def test_not_a_number_never_passes(stories, ids, tmp_path):
     np.savez(tmp_path / "ref.npz", ids=np.array(ids), logits=stories.forward(ids)[0])
     np.savez(tmp_path / "cand.npz", ids=np.array(ids), logits=wrong_TV)
     with pytest.raises(InputError, match="finite"):
-        logits.compared(tmp_path / "ref.npz", tmp_path / "cand.npz")
+        references.compared(tmp_path / "ref.npz", tmp_path / "cand.npz")
 
 
 # ---- the command ---------------------------------------------------------------------------------

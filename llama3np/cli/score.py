@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from llama3np.cli import common
-from llama3np.crosscheck import logits
+from llama3np.crosscheck import logits, references
 from llama3np.errors import InputError
 from llama3np.llm import Llama
 
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     if args.top < logits.FIVE:
         raise InputError(f"--top: expected {logits.FIVE} or more, found {args.top}")
     if args.out is not None:
-        logits.check_new(args.out)
+        references.check_new(args.out)
     reference = None if args.against is None else reference_of(args.against)
     llm, _ = common.load_model(args)
     parts = logits.windows(llm, ids_of(args, llm), args.window)
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         result |= logits.figures(apart)
     if args.out is not None:
         meta = {"model": args.model, "profile": llm.profile.name, "layout": llm.layout}
-        logits.save(args.out, kept, meta)
+        references.save(args.out, kept, meta)
     print(json.dumps(result) if args.json else "\n".join(lines(result)))
 
 
@@ -62,7 +62,7 @@ def ids_of(args: argparse.Namespace, llm: Llama) -> list[int]:
 
 def reference_of(path: str) -> logits.Kept:
     """A compact reference, or one of all logits."""
-    found = logits.read(path)
+    found = references.read(path)
     return found if isinstance(found, logits.Kept) else logits.kept(*found)
 
 
