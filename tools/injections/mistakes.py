@@ -10,17 +10,20 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
 from injections.parts import (
+    Cutting,
     additive_mask,
     attend,
+    rows_of_halves,
     rows_of_meta,
     tables,
     turned,
     turned_neighbours,
 )
 from injections.port import Port
-from torch import nn
-from transformers.cache_utils import DynamicCache
 
 # ---- RoPE ----------------------------------------------------------------------------------------
 
@@ -40,8 +43,9 @@ def rope_config(port, **changes):
 
 
 def scaling_linear(port):
-    """Every wavelength stretched by the factor, as in the linear scaling of long-context Llama 2."""
-    port.model.rotary_emb.inv_freq = plain_frequencies(port) / port.config.rope_parameters["factor"]
+    """Every wavelength stretched by one factor, as in the linear scaling of long-context Llama 2."""
+    factor = port.config.rope_parameters.get("factor", 4.0)
+    port.model.rotary_emb.inv_freq = plain_frequencies(port) / factor
 
 
 def plain_frequencies(port):
@@ -51,6 +55,22 @@ def plain_frequencies(port):
 
 def scaling_absent(port):
     port.model.rotary_emb.inv_freq = plain_frequencies(port)
+
+
+def scaling_added(port):
+    """The scaling of Llama 3.1 in a model that has none."""
+    bounds = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    old = {"original_max_position_embeddings": 8192}
+    rope_config(port, rope_type="llama3", factor=8.0, **bounds, **old)
+
+
+def tables_changed(port, change):
+    """change(cos, sin) of RoPE's tables."""
+    port.wrap(port.model.rotary_emb, "forward", lambda make, *args, **kw: change(*make(*args, **kw)))
+
+
+def tables_bf16(cos, sin):
+    return cos.bfloat16().to(cos.dtype), sin.bfloat16().to(sin.dtype)
 
 
 def angles_bf16(port):
@@ -74,15 +94,25 @@ def positions(port, changed):
 
 
 def restarted(position_ids, prefill):
-    """Each decoded token counts from 0 again."""
+    """Decoding counts from 0 again, and goes on from there."""
     return torch.where(position_ids >= prefill, position_ids - prefill, position_ids)
 
 
-def rope_only_q(port):
+def always_0(position_ids, prefill):
+    """Each call counts its own tokens only."""
+    return position_ids - position_ids[:, :1]
+
+
+def one_too_far(position_ids, prefill):
+    return position_ids + (position_ids >= prefill)
+
+
+def rope_changed(port, change):
+    """change(turned q, turned k, q, k): what attention is given."""
     port.wrap(
         port.code,
         "apply_rotary_pos_emb",
-        lambda original, q, k, *args: (original(q, k, *args)[0], k),
+        lambda turn, q, k, cos, sin: change(*turn(q, k, cos, sin), q, k),
     )
 
 
@@ -142,16 +172,38 @@ def final_norm_missing(port):
     port.replace(port.model.norm, "forward", lambda x: x)
 
 
-def residual_normed(port):
-    """Both sums of a block start from what its norms made, not from the stream."""
+def residual(port, first, second):
+    """first(stream, normed) and second(stream, normed): what a block's two sums start from."""
 
     def forward(self, hidden_states, **options):
         x = self.input_layernorm(hidden_states)
-        x = x + self.self_attn(hidden_states=x, **options)[0]
-        y = self.post_attention_layernorm(x)
-        return y + self.mlp(y)
+        mid = first(hidden_states, x) + self.self_attn(hidden_states=x, **options)[0]
+        y = self.post_attention_layernorm(mid)
+        return second(mid, y) + self.mlp(y)
 
     port.replace(port.code.LlamaDecoderLayer, "forward", forward)
+
+
+def stream(stream, normed):
+    return stream
+
+
+def normed(stream, normed):
+    return normed
+
+
+def nothing(stream, normed):
+    return 0
+
+
+def norm_squares_f16(port):
+    """RMSNorm without the step to float32: squares beyond 65504 are infinite."""
+
+    def forward(self, x):
+        variance = x.half().pow(2).mean(-1, keepdim=True)
+        return self.weight * (x * torch.rsqrt(variance.float() + self.variance_epsilon)).to(x.dtype)
+
+    port.replace(port.code.LlamaRMSNorm, "forward", forward)
 
 
 # ---- attention -----------------------------------------------------------------------------------
@@ -186,30 +238,59 @@ def heads_by_tile(port):
 # ---- the cache -----------------------------------------------------------------------------------
 
 
-def cache_hole(port):
-    """The first decoded token's key and value are never written: its slot stays zero."""
+def slots(port, read):
+    """read(all keys so far, prefill) in decode steps: the slots as a step finds them."""
 
     def update(original, self, k, v, layer):
-        keys, values = original(self, k, v, layer)
-        late = torch.arange(keys.shape[2])[:, None] != port.prefill
-        return keys * late, values * late
+        found = original(self, k, v, layer)
+        decoding = found[0].shape[2] > port.prefill
+        return tuple(read(x, port.prefill) for x in found) if decoding else found
 
     port.wrap(DynamicCache, "update", update)
 
 
-def cache_overwritten(port):
-    """Decoded tokens are stored one slot too early: the first one replaces the prompt's last."""
+def empty(x, n=1):
+    """N slots that nobody wrote."""
+    return x.new_zeros((*x.shape[:2], n, x.shape[3]))
 
-    def update(original, self, k, v, layer):
-        keys, values = original(self, k, v, layer)
-        if keys.shape[2] == port.prefill:
-            return keys, values
-        kept = torch.arange(keys.shape[2]) != port.prefill - 1
-        zero = torch.zeros_like(keys[:, :, :1])
-        keys, values = (torch.cat((x[:, :, kept], zero), dim=2) for x in (keys, values))
-        return keys, values
 
-    port.wrap(DynamicCache, "update", update)
+def late(x, prefill):
+    """Written one slot too late: a hole after the prompt, and the newest is out of sight."""
+    return torch.cat((x[:, :, :prefill], empty(x), x[:, :, prefill:-1]), dim=2)
+
+
+def lost(x, prefill):
+    """The first decoded token's key and value are never written."""
+    return torch.cat((x[:, :, :prefill], empty(x), x[:, :, prefill + 1 :]), dim=2)
+
+
+def early(x, prefill):
+    """Written one slot too early: the first decoded token replaces the prompt's last."""
+    return torch.cat((x[:, :, : prefill - 1], x[:, :, prefill:], empty(x)), dim=2)
+
+
+def stuck(x, prefill):
+    """Every decoded token goes to the slot after the prompt."""
+    behind = x.shape[2] - prefill - 1
+    return torch.cat((x[:, :, :prefill], x[:, :, -1:], empty(x, behind)), dim=2)
+
+
+def unmasked_static_cache(port):
+    """A cache of fixed size, its empty slots hidden from the prompt's queries only."""
+    size = len(port.ids)
+    slots(port, lambda x, _: torch.cat((x, empty(x, size - x.shape[2])), dim=2))
+
+    def create(original, inputs_embeds, past_key_values, **options):
+        usual = original(inputs_embeds=inputs_embeds, past_key_values=past_key_values, **options)
+        T = inputs_embeds.shape[1]
+        return torch.zeros(1, 1, T, size) if past_key_values.get_seq_length() else usual
+
+    port.wrap(port.code, "create_causal_mask", create)
+
+
+def k_v_mixed_up(port):
+    """What the cache returns is unpacked in the wrong order."""
+    port.wrap(DynamicCache, "update", lambda original, *args: original(*args)[::-1])
 
 
 # ---- feed-forward --------------------------------------------------------------------------------
@@ -238,37 +319,45 @@ def swapped(port, part, one, other):
         a.weight, b.weight = b.weight, a.weight
 
 
+def permuted(port, order):
+    """order(matrix, heads) of q's and k's rows, in code that pairs halves."""
+    for attn in (layer.self_attn for layer in port.layers):
+        attn.q_proj.weight.data = order(attn.q_proj.weight.data, port.config.num_attention_heads)
+        attn.k_proj.weight.data = order(attn.k_proj.weight.data, port.config.num_key_value_heads)
+
+
+def k_permuted_as_q(port):
+    """Moved to Meta's order for code that pairs neighbours, k by the number of query heads."""
+    heads = port.config.num_attention_heads
+    permuted(port, lambda w, _: rows_of_meta(w, heads))
+    pairs_of_neighbours(port)
+
+
 def reshaped(port, names, change):
-    """Every layer's attention matrices of these names become change(weight)."""
+    """Every layer's matrices of these names become change(matrix), in the old shape."""
     for layer in port.layers:
         for name in names:
-            w = getattr(layer.self_attn, name).weight
+            w = layer.get_submodule(name).weight
             w.data = change(w.data).reshape(w.shape).contiguous()
 
 
-def unpermuted(port):
-    """q and k rows in Meta's order, in code that pairs halves."""
-    for layer in port.layers:
-        attn = layer.self_attn
-        for w, heads in (
-            (attn.q_proj.weight, port.config.num_attention_heads),
-            (attn.k_proj.weight, port.config.num_key_value_heads),
-        ):
-            w.data = rows_of_meta(w.data, heads)
+def column_by_column(w):
+    """The file's numbers, written row by row, read as if column by column."""
+    return w.reshape(w.shape[::-1]).T
 
 
-def transposed(w):
-    """The file's numbers read as (in, out)."""
-    return w.T
-
-
-def merged_on_other_axis(w, axis=1):
-    """Two shards cut along `axis`, put together along the other one."""
-    return torch.cat(w.chunk(2, dim=axis), dim=1 - axis)
+def merged_on_other_axis(w, n=2):
+    """N shards of input columns, put together along the output rows."""
+    return torch.cat(w.chunk(n, dim=1), dim=0)
 
 
 def head_tied(port):
     port.llm.lm_head.weight = port.model.embed_tokens.weight
+
+
+def head_empty(port):
+    """A head of its own that no file filled."""
+    port.llm.lm_head.weight = nn.Parameter(torch.zeros_like(port.llm.lm_head.weight))
 
 
 def embedding_scaled(port):
@@ -276,16 +365,34 @@ def embedding_scaled(port):
     port.wrap(port.model.embed_tokens, "forward", lambda original, ids: original(ids) * factor)
 
 
-def embedding_rows(port):
-    """Two shards of rows, and the second process's offset forgotten: it looks in the first one."""
-    half = port.config.vocab_size // 2
-    port.wrap(port.model.embed_tokens, "forward", lambda original, ids: original(ids % half))
+def looked_up(port, row):
+    """row(id, V): which row of the embedding an id is given."""
+    V = port.config.vocab_size
+    port.wrap(port.model.embed_tokens, "forward", lambda original, ids: original(row(ids, V)))
 
 
-def truncated_weights(port):
-    """float32 weights made bfloat16 by dropping 16 bits, not by rounding."""
+def columns_as_rows(port):
+    """An embedding cut by columns into two shards, put together by rows."""
+    old = port.model.embed_tokens.weight.data
+    table = merged_on_other_axis(old).reshape(old.shape)
+    port.replace(
+        port.model.embed_tokens, "forward", lambda ids: nn.functional.embedding(ids, table)
+    )
+
+
+def weights(port, change):
     for w in port.llm.parameters():
-        w.data = (w.data.view(torch.int32) & -65536).view(torch.float32)
+        w.data = change(w.data)
+
+
+def cut(x):
+    """float32 to bfloat16's numbers by dropping 16 bits, not by rounding."""
+    return (x.view(torch.int32) & -65536).view(torch.float32)
+
+
+def results_cut(port):
+    """Every operation of a bfloat16 model drops what does not fit."""
+    port.enter_context(Cutting(cut))
 
 
 # ---- layers --------------------------------------------------------------------------------------
@@ -325,56 +432,98 @@ class Mistake(NamedTuple):
 
 SCALED_8, SCALED_32 = ("made-up-8",), ("made-up-32",)
 
+ATTN, MLP = "self_attn.", "mlp."
+
+# By the id that `llama3np diagnose` has for it; after "/" one of several ways to make it.
 MISTAKES = {
-    "rope_pairing": Mistake(pairs_of_neighbours),
-    "rope_theta_10000": Mistake(partial(rope_config, rope_theta=1e4), ("smollm2", "made-up-8")),
-    "rope_theta_500000": Mistake(partial(rope_config, rope_theta=5e5)),
-    "rope_scaling_absent": Mistake(scaling_absent, SCALED_8 + SCALED_32),
-    "rope_scaling_linear": Mistake(scaling_linear, SCALED_8 + SCALED_32),
-    "rope_scaling_8": Mistake(partial(rope_config, factor=8.0), SCALED_32),
-    "rope_scaling_32": Mistake(partial(rope_config, factor=32.0), SCALED_8),
-    "rope_angles_bf16": Mistake(angles_bf16),
-    "positions_from_1": Mistake(partial(positions, changed=lambda p, _: p + 1)),
-    "positions_restart": Mistake(partial(positions, changed=restarted), decode=True),
-    "rope_only_q": Mistake(rope_only_q),
-    "rope_on_v": Mistake(rope_on_v),
-    "rope_twice_on_k": Mistake(rope_after_caching_again),
-    "eps_1e-6": Mistake(partial(eps, value=1e-6)),
-    "eps_1e-5": Mistake(partial(eps, value=1e-5), SCALED_32),
-    "eps_0": Mistake(partial(eps, value=0.0)),
-    "norm_weight_before_cast": Mistake(
+    "rope-pairing-swapped": Mistake(pairs_of_neighbours),
+    "theta-10000": Mistake(partial(rope_config, rope_theta=1e4), ("smollm2", "made-up-8")),
+    "theta-500000": Mistake(partial(rope_config, rope_theta=5e5)),
+    "rope-scaling-absent": Mistake(scaling_absent, SCALED_8 + SCALED_32),
+    "rope-scaling-added": Mistake(scaling_added),
+    "rope-scaling-linear": Mistake(scaling_linear, ("stories260k", *SCALED_8, *SCALED_32)),
+    "rope-factor-8": Mistake(partial(rope_config, factor=8.0), SCALED_32),
+    "rope-factor-32": Mistake(partial(rope_config, factor=32.0), SCALED_8),
+    "angles-bf16": Mistake(angles_bf16),
+    "rope-tables-bf16": Mistake(partial(tables_changed, change=tables_bf16)),
+    "rope-backwards": Mistake(partial(tables_changed, change=lambda cos, sin: (cos, -sin))),
+    "positions-from-one": Mistake(partial(positions, changed=lambda p, _: p + 1)),
+    "positions-restart-at-decode/once": Mistake(partial(positions, changed=restarted), decode=True),
+    "positions-restart-at-decode/always": Mistake(
+        partial(positions, changed=always_0), decode=True
+    ),
+    "positions-off-by-one-at-decode": Mistake(partial(positions, changed=one_too_far), decode=True),
+    "rope-missing": Mistake(partial(rope_changed, change=lambda tq, tk, q, k: (q, k))),
+    "rope-only-on-q": Mistake(partial(rope_changed, change=lambda tq, tk, q, k: (tq, k))),
+    "rope-only-on-k": Mistake(partial(rope_changed, change=lambda tq, tk, q, k: (q, tk))),
+    "rope-on-v": Mistake(rope_on_v),
+    "rope-twice-on-cached-keys": Mistake(rope_after_caching_again),
+    "eps-1e-6": Mistake(partial(eps, value=1e-6)),
+    "eps-1e-5": Mistake(partial(eps, value=1e-5), SCALED_32),
+    "eps-0": Mistake(partial(eps, value=0.0)),
+    "norm-weight-before-cast": Mistake(
         partial(norm_forward, weighted=weight_before_cast), dtype="bfloat16"
     ),
-    "norm_weight_missing": Mistake(partial(norm_forward, weighted=weight_missing)),
-    "norm_weight_plus_one": Mistake(partial(norm_forward, weighted=weight_plus_one)),
-    "final_norm_missing": Mistake(final_norm_missing),
-    "residual_normed": Mistake(residual_normed),
-    "scale_missing": Mistake(partial(scale, factor=lambda H, D: 1.0)),
-    "scale_by_width": Mistake(partial(scale, factor=lambda H, D: D**-0.5)),
-    "scale_twice": Mistake(partial(scale, factor=lambda H, D: 1 / H)),
-    "softmax_axis": Mistake(softmax_axis),
-    "mask_missing": Mistake(partial(mask, visible=lambda query, key: query == query)),
-    "mask_off_by_one": Mistake(partial(mask, visible=lambda query, key: key <= query + 1)),
-    "heads_by_tile": Mistake(heads_by_tile),
-    "k_v_swapped": Mistake(partial(swapped, part="self_attn", one="k_proj", other="v_proj")),
-    "cache_hole": Mistake(cache_hole, decode=True),
-    "cache_overwritten": Mistake(cache_overwritten, decode=True),
-    "gate_up_swapped": Mistake(partial(swapped, part="mlp", one="gate_proj", other="up_proj")),
-    "gate_up_swapped_in_code": Mistake(gate_up_in_code),
-    "gelu": Mistake(partial(activation, function=nn.GELU())),
+    "norm-weight-missing": Mistake(partial(norm_forward, weighted=weight_missing)),
+    "norm-weight-plus-one": Mistake(partial(norm_forward, weighted=weight_plus_one)),
+    "f16-overflow": Mistake(norm_squares_f16, ("smollm2",), dtype="float16"),
+    "final-norm-missing": Mistake(final_norm_missing),
+    "residual-from-norm/both": Mistake(partial(residual, first=normed, second=normed)),
+    "residual-from-norm/attention": Mistake(partial(residual, first=normed, second=stream)),
+    "residual-missing/attention": Mistake(partial(residual, first=nothing, second=stream)),
+    "residual-missing/mlp": Mistake(partial(residual, first=stream, second=nothing)),
+    "scale-missing": Mistake(partial(scale, factor=lambda H, D: 1.0)),
+    "scale-by-width": Mistake(partial(scale, factor=lambda H, D: D**-0.5)),
+    "scale-twice": Mistake(partial(scale, factor=lambda H, D: 1 / H)),
+    "softmax-over-queries": Mistake(softmax_axis),
+    "mask-missing": Mistake(partial(mask, visible=lambda query, key: query == query)),
+    "mask-sees-next": Mistake(partial(mask, visible=lambda query, key: key <= query + 1)),
+    "mask-hides-self": Mistake(partial(mask, visible=lambda query, key: key < query)),
+    "mask-only-in-prefill": Mistake(unmasked_static_cache, decode=True),
+    "heads-tiled": Mistake(heads_by_tile),
+    "kv-swapped": Mistake(k_v_mixed_up),
+    "cache-hole/late": Mistake(partial(slots, read=late), decode=True),
+    "cache-hole/lost": Mistake(partial(slots, read=lost), decode=True),
+    "cache-overwritten": Mistake(partial(slots, read=early), decode=True),
+    "cache-slot-stuck": Mistake(partial(slots, read=stuck), decode=True),
+    "gate-up-swapped": Mistake(gate_up_in_code),
+    "gelu-exact": Mistake(partial(activation, function=nn.GELU())),
+    "gelu-tanh": Mistake(partial(activation, function=nn.GELU("tanh"))),
     "relu": Mistake(partial(activation, function=nn.ReLU())),
-    "q_transposed": Mistake(partial(reshaped, names=["q_proj"], change=transposed)),
-    "qk_unpermuted": Mistake(unpermuted),
-    "head_tied": Mistake(head_tied, SCALED_8 + SCALED_32),
-    "bos_missing": Mistake(bos_missing),
-    "bos_doubled": Mistake(bos_doubled),
-    "embedding_scaled": Mistake(embedding_scaled),
-    "embedding_rows": Mistake(embedding_rows),
-    "bf16_truncated": Mistake(truncated_weights, dtype="bfloat16"),
-    "layer_skipped": Mistake(partial(layers, order=lambda L: range(L - 1))),
-    "layer_repeated": Mistake(partial(layers, order=lambda L: [0, *range(L)])),
-    "layers_lexicographic": Mistake(
+    "qk-permuted": Mistake(partial(permuted, order=rows_of_meta)),
+    "qk-permuted-back": Mistake(partial(permuted, order=rows_of_halves)),
+    "k-permuted-as-q": Mistake(k_permuted_as_q, ("stories260k", "made-up-8")),
+    "q-transposed": Mistake(partial(reshaped, names=[ATTN + "q_proj"], change=column_by_column)),
+    "k-transposed": Mistake(partial(reshaped, names=[ATTN + "k_proj"], change=column_by_column)),
+    "qk-transposed": Mistake(
+        partial(reshaped, names=[ATTN + "q_proj", ATTN + "k_proj"], change=column_by_column)
+    ),
+    "wk-wv-swapped": Mistake(partial(swapped, part="self_attn", one="k_proj", other="v_proj")),
+    "w-gate-up-swapped": Mistake(partial(swapped, part="mlp", one="gate_proj", other="up_proj")),
+    "head-tied": Mistake(head_tied, SCALED_8 + SCALED_32),
+    "head-untied": Mistake(head_empty),
+    "embedding-scaled": Mistake(embedding_scaled),
+    "shard-axis/wo": Mistake(
+        partial(reshaped, names=[ATTN + "o_proj"], change=merged_on_other_axis)
+    ),
+    "shard-axis/w_down": Mistake(
+        partial(reshaped, names=[MLP + "down_proj"], change=merged_on_other_axis)
+    ),
+    "embedding-shard-rows/first": Mistake(partial(looked_up, row=lambda ids, V: ids % (V // 2))),
+    "embedding-shard-rows/order": Mistake(
+        partial(looked_up, row=lambda ids, V: (ids + V // 2) % V)
+    ),
+    "embedding-shard-rows/columns": Mistake(columns_as_rows),
+    "bf16-truncated": Mistake(results_cut, dtype="bfloat16"),
+    "weights-truncated": Mistake(partial(weights, change=cut)),
+    "weights-bf16": Mistake(partial(weights, change=lambda w: w.bfloat16().float())),
+    "weights-f16": Mistake(partial(weights, change=lambda w: w.half().float())),
+    "layer-skipped/last": Mistake(partial(layers, order=lambda L: range(L - 1))),
+    "layer-skipped/2": Mistake(partial(layers, order=lambda L: [i for i in range(L) if i != 2])),
+    "layer-repeated": Mistake(partial(layers, order=lambda L: [0, *range(L)])),
+    "layers-lexicographic": Mistake(
         partial(layers, order=lambda L: sorted(range(L), key=str)), ("smollm2", "made-up-8")
     ),
-    "shard_axis": Mistake(partial(reshaped, names=["o_proj"], change=merged_on_other_axis)),
+    "bos-missing": Mistake(bos_missing),
+    "bos-doubled": Mistake(bos_doubled),
 }

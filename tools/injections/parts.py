@@ -2,6 +2,8 @@
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 
 def turned(x, cos, sin):
@@ -30,6 +32,12 @@ def rows_of_meta(w, heads):
     return w.view(heads, 2, out // heads // 2, width).transpose(1, 2).reshape(out, width)
 
 
+def rows_of_halves(w, heads):
+    """The reverse: rows of a matrix in Meta's order to those that are paired by halves."""
+    out, width = w.shape
+    return w.view(heads, out // heads // 2, 2, width).transpose(1, 2).reshape(out, width)
+
+
 def additive_mask(T, S, visible, dtype):
     """0 where visible(query position, key position), the lowest number elsewhere: (1, 1, T, S)."""
     query, key = torch.arange(S - T, S)[:, None], torch.arange(S)[None]
@@ -43,3 +51,26 @@ def attend(module, query, key, value, attention_mask, scaling, softmax_axis=-1, 
     scores = query @ key.transpose(2, 3) * scaling + attention_mask
     probs = nn.functional.softmax(scores, dim=softmax_axis, dtype=torch.float32).to(query.dtype)
     return (probs @ value).transpose(1, 2).contiguous(), probs
+
+
+class Cutting(TorchDispatchMode):
+    """A processor whose bfloat16 results are cut: computed in float32, then given to cut(x)."""
+
+    def __init__(self, cut):
+        super().__init__()
+        self.cut = cut
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        seen_through = any(value.alias_info for value in func._schema.returns)  # a view
+        if seen_through or not isinstance(out, torch.Tensor) or out.dtype != torch.bfloat16:
+            return out
+        if func is torch.ops.aten._to_copy.default:
+            return self.cut(args[0].float()).bfloat16()
+        wide = tree_map(lambda x: widened(x), args)
+        return self.cut(func(*wide, **(kwargs or {})).float().contiguous()).bfloat16()
+
+
+def widened(x):
+    """A bfloat16 tensor in float32, anything else as it is."""
+    return x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 else x

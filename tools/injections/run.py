@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from capture.transformers_capture import Capture, run
+
 from injections.mistakes import MISTAKES
 from injections.port import Port, write_made_up
 
@@ -41,7 +42,9 @@ def keep(case, models, out):
         with Capture(port.llm) as capture:
             run(port.llm, port.ids, port.prefill)
     for part, only in (("full", None), ("logits", lambda tap: tap.startswith("lm_head"))):
-        capture.save(out / f"{name}.{part}.safetensors", port.ids, port.prefill, only)
+        capture.save(
+            out / f"{name.replace('/', '~')}.{part}.safetensors", port.ids, port.prefill, only
+        )
 
 
 def main():
