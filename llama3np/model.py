@@ -10,7 +10,7 @@ Weight matrices are (out, in), as checkpoints store them, and carry no suffix.
 
 from collections import namedtuple
 from functools import partial
-from math import inf, pi, sqrt
+from math import inf, pi
 
 import numpy as np
 
@@ -67,7 +67,7 @@ def attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, see):
     # The query at position p stands in row p - length, because the cache holds the rows before it;
     # it sees the keys at 0..p. This one mask serves prefill, chunks, decode and ragged rows.
     visible_B11TS = xp.arange(S) <= positions_BT[:, None, None, :, None]
-    scores_BKGTS = narrow(xp.where(visible_B11TS, widen(raw_BKGTS) / sqrt(H), -inf), q_BTNH)
+    scores_BKGTS = narrow(xp.where(visible_B11TS, widen(raw_BKGTS) * H**-0.5, -inf), q_BTNH)
     see("scores", scores_BKGTS.reshape(B, N, T, S))
     powers_BKGTS = xp.exp(widen(scores_BKGTS) - widen(scores_BKGTS.max(axis=-1, keepdims=True)))
     probs_BKGTS = narrow(powers_BKGTS / powers_BKGTS.sum(axis=-1, keepdims=True), q_BTNH)

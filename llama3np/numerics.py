@@ -63,9 +63,10 @@ def narrow_rope(x_BTNH: Any, cos_BTP: Any, sin_BTP: Any, pairing: str) -> Any:
 
 
 def short_params(params: Params, dtype: str) -> Params:
-    """The same tree with every weight rounded to 16 bits, as torch's `model.to(dtype)` does.
+    """The same tree with every weight rounded to 16 bits, as torch's `tensor.to(dtype)` does.
 
-    What has that type already is not copied; blocks are widened first, some rows at a time.
+    That goes by way of float32, which rounds float64 twice. What has the type already is not
+    copied; blocks are widened first, some rows at a time.
     """
     kind = np.dtype(dtype)
 
@@ -74,7 +75,8 @@ def short_params(params: Params, dtype: str) -> Params:
             return w
         out, step = np.empty(w.shape, kind), max(1, TILE // w.shape[-1])
         for start in range(0, len(out), step):
-            out[start : start + step] = w[start : start + step]
+            rows = w[start : start + step]
+            out[start : start + step] = rows.astype(np.float32, copy=False)
         return out
 
     with np.errstate(over="ignore"):  # float16 ends at 65504: infinity is what rounding gives
@@ -88,15 +90,21 @@ def ulps(array: Any, expected: Any) -> Any:
     """How many numbers of their type lie between two arrays of one dtype, element by element.
 
     0 for equal ones (-0.0 and 0.0 are), 1 for neighbours, int64; the largest integer where one is
-    NaN. Of float16, bfloat16, float32 and float64: numbers in the order of their bits.
+    NaN, and where there are even more, as between float64's ends. Of float16, bfloat16, float32
+    and float64: numbers in the order of their bits. Raises ValueError for two dtypes.
     """
-    xp = namespace(array)
-    gap = xp.abs(_ordered(array, xp) - _ordered(expected, xp))
-    return xp.where((array != array) | (expected != expected), np.iinfo(np.int64).max, gap)
+    if array.dtype != expected.dtype:
+        raise ValueError(f"ulps: expected one dtype, found {array.dtype} and {expected.dtype}")
+    xp, most = namespace(array), np.iinfo(np.int64).max
+    one, other = _ordered(array, xp), _ordered(expected, xp)
+    low, high = xp.minimum(one, other), xp.maximum(one, other)
+    gap = high.view(np.uint64) - low.view(np.uint64)  # of int64, ends of float64 would overflow
+    gap = xp.minimum(gap, np.uint64(most)).astype(np.int64)
+    return xp.where((array != array) | (expected != expected), most, gap)
 
 
 def _ordered(array: Any, xp: Any) -> Any:
     """Integers in the order of the numbers, one apart where these are neighbours."""
     bits = array.dtype.itemsize * 8
-    whole = xp.ascontiguousarray(array).view(f"int{bits}").astype(np.int64)
+    whole = xp.ascontiguousarray(array).view(f"int{bits}").astype(np.int64).reshape(array.shape)
     return xp.where(whole < 0, -(whole & np.int64(2 ** (bits - 1) - 1)), whole)

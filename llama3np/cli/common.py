@@ -59,6 +59,28 @@ def rope_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """A text, or token ids."""
+    parser.add_argument(
+        "prompt", nargs="?", metavar="PROMPT", help="a text; - reads standard input"
+    )
+    parser.add_argument("--prompt-ids", metavar="1,2,3", help="token ids in place of PROMPT")
+
+
+def prompt_ids(args: argparse.Namespace, llm: Llama) -> list[int]:
+    """The ids of what prompt_arguments took. Raises InputError for both, or neither."""
+    if (args.prompt is None) == (args.prompt_ids is None):
+        raise InputError("expected either PROMPT or --prompt-ids")
+    if args.prompt_ids is not None:
+        return llm.encode(parse_ids(args.prompt_ids))
+    return llm.encode(text_of(args.prompt))
+
+
+def text_of(prompt: str) -> str:
+    """PROMPT, or what is on standard input without its last line break."""
+    return sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+
+
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of generation."""
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="256 or what fits")
