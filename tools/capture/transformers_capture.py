@@ -43,7 +43,7 @@ class Capture(contextlib.ExitStack):
         for name, module in self.model.named_modules():
             if name.endswith("self_attn"):
                 self._hook_attention(name, module)
-            elif module in blocks or not list(module.children()):
+            elif module in blocks or "weight" in dict(module.named_parameters(recurse=False)):
                 self._hook(name, module)
         code = sys.modules[type(self.model.model.layers[0].self_attn).__module__]
         self._replace(code, "apply_rotary_pos_emb", self._rope)

@@ -66,7 +66,9 @@ def scaling_added(port):
 
 def tables_changed(port, change):
     """change(cos, sin) of RoPE's tables."""
-    port.wrap(port.model.rotary_emb, "forward", lambda make, *args, **kw: change(*make(*args, **kw)))
+    port.wrap(
+        port.model.rotary_emb, "forward", lambda make, *args, **kw: change(*make(*args, **kw))
+    )
 
 
 def tables_bf16(cos, sin):
