@@ -22,8 +22,8 @@ static void capture(const char *name, const float *numbers, int ndim, const long
     size_t size = 1;
     FILE *file = capture_list ? capture_new(name, ".f32") : NULL;
     if (!file && ++capture_errors) return;
-    fprintf(capture_list, "%s\n{\"name\": \"%s\", \"file\": \"%s.f32\", \"dtype\": \"f32\", \"shape\": [",
-            capture_count++ ? "," : "", name, name);
+    fprintf(capture_list, "%s\n{\"name\": \"%s\", \"file\": \"%s.f32\", \"dtype\": \"f32\", "
+            "\"shape\": [", capture_count++ ? "," : "", name, name);
     for (int i = 0; i < ndim; size *= shape[i++])
         fprintf(capture_list, "%s%ld", i ? ", " : "", shape[i]);
     fprintf(capture_list, "]}");

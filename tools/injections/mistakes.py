@@ -43,7 +43,7 @@ def rope_config(port, **changes):
 
 
 def scaling_linear(port):
-    """Every wavelength stretched by one factor, as in the linear scaling of long-context Llama 2."""
+    """Every wavelength stretched by one factor, as long-context versions of Llama 2 do."""
     factor = port.config.rope_parameters.get("factor", 4.0)
     port.model.rotary_emb.inv_freq = plain_frequencies(port) / factor
 

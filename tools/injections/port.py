@@ -1,4 +1,4 @@
-"""The models that mistakes are made in: transformers' Llama with eager attention, freshly loaded."""
+"""The models that mistakes are made in: transformers' Llama, with eager attention."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class Port(contextlib.ExitStack):
             w.data = w.data.to(self.dtype)
 
     def replace(self, owner, name, new):
+        """Put `new` in an attribute's place for as long as the run lasts."""
         self.enter_context(mock.patch.object(owner, name, new))
 
     def wrap(self, owner, name, wrapper):

@@ -1,6 +1,6 @@
-"""Run spoiled and unspoiled models in transformers and keep what they show: python -m injections.run
+"""Run spoiled and unspoiled models in transformers, and keep what they show.
 
-Its one argument is a JSON file: "models" {name: path}, "prompts" {name: [ids, ...]}, "out", and
+python -m injections.run JOB.json, which holds "models" {name: path}, "prompts" {name: [ids, ...]}, "out", and
 optionally "only", a list of cases. Every case leaves OUT/CASE.full and OUT/CASE.logits, both
 .safetensors, written by tools/capture/transformers_capture.py.
 """
