@@ -41,7 +41,8 @@ def test_taps_of_a_numpy_port_are_what_a_trace_has(run, data):
         numpy_capture.save(Path(folder) / "port.npz", ids, prefill, implementation="a port")
         found = files.read(Path(folder) / "port.npz")
         assert found.meta == {
-            "ids": list(ids), "prefill": prefill, "implementation": "a port", "dtype": "float32",
+            "ids": list(ids), "prefill": prefill or len(ids),
+            "implementation": "a port", "dtype": "float32",
         }  # fmt: skip
         assert list(found.arrays) == list(expected)
         for name, array in expected.items():

@@ -109,7 +109,7 @@ class Capture:
         """Write an .npz file. ids: all of them; prefill: how many went into the first call."""
         metadata = {
             "ids": list(ids),
-            "prefill": prefill,
+            "prefill": prefill or len(ids),
             "dtype": "float32",
             "implementation": f"llama.cpp through llama-cpp-python {llama_cpp.__version__}",
             **metadata,

@@ -98,7 +98,7 @@ class Capture(contextlib.ExitStack):
         """Write a .safetensors file. ids: all of them; prefill: how many went into call one."""
         metadata = {
             "ids": list(ids),
-            "prefill": prefill,
+            "prefill": prefill or len(ids),
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             "implementation": "Meta llama/model.py",
             **metadata,

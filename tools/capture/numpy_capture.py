@@ -30,7 +30,8 @@ def save(path, ids, prefill=None, **metadata):
     ids: all of them; prefill: how many went into the first call. Positions are the first axis, but
     the second of scores and probs, (N, T, S); an early query's later keys are filled as masked.
     """
-    metadata = {"ids": list(ids), "prefill": prefill, "implementation": "NumPy", **metadata}
+    metadata = {"implementation": "NumPy", **metadata, "ids": list(ids)}
+    metadata["prefill"] = prefill or len(ids)
     metadata["dtype"] = str(next(iter(calls.values()))[0].dtype)
     text = np.frombuffer(json.dumps(metadata).encode(), np.uint8)
     np.savez(path, __metadata__=text, **{name: joined(name, calls[name]) for name in calls})

@@ -110,7 +110,7 @@ class Capture(contextlib.ExitStack):
         kept = {name: a for name, a in self.arrays().items() if only is None or only(name)}
         metadata = {
             "ids": list(ids),
-            "prefill": prefill,
+            "prefill": prefill or len(ids),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "implementation": f"transformers {sys.modules['transformers'].__version__}",
             **metadata,
