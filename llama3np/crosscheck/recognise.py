@@ -103,7 +103,7 @@ def apply(reading: Reading, case: Case, frame: Frame) -> Pair | None:
     layout = reading.layout
     count = layout.count(case.array.shape)
     rows = None if count is None else frame.positions.rows(count)
-    ours = layout.read(case.array) if rows else None
+    ours = layout.read(case.array, case.raw) if rows else None
     if rows is None or ours is None:
         return None
     axis = layout.dims.index("T")

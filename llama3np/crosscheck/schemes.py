@@ -156,7 +156,7 @@ def _known(name: str) -> Meaning | None:
 
 
 def _hidden_state(name: str, n_layers: int) -> Meaning | None:
-    """transformers' output_hidden_states: the embedding, each layer but the last, then the norm."""
+    """Transformers' output_hidden_states: the embedding, each layer but the last, then the norm."""
     match = re.fullmatch(r"hidden_states\.(\d+)", name)
     if not match:
         return None
