@@ -199,11 +199,14 @@ def told(fits: Sequence[Sequence[Fit]]) -> np.ndarray:
 
 
 def _untold(options: list[Reading], fits: list[list[Fit]], halves: bool | None) -> Reading:
-    """Where every layer is wrong in every reading: as its siblings, then what is nearest at first.
+    """Where every layer is wrong in every reading: the likeliest shape, and pairs as its siblings.
 
-    The tap leaves its allowance in either case; this is about where it is said to do so.
+    What is nearest says nothing of shapes then: one that fits by chance may be nearer, and whoever
+    looks for the mistake would find none. The tap leaves its allowance in either case.
     """
-    kept = [i for i, option in enumerate(options) if option.heads is None]
+    kept = [
+        i for i, o in enumerate(options) if o.heads is None and o.layout == options[0].layout
+    ]
     alike = [i for i in kept if halves is None or options[i].halves == halves]
     return options[min(alike or kept, key=lambda i: fits[i][0].nmse)]
 

@@ -71,7 +71,7 @@ class Capture:
         params = code.llama_context_default_params()
         params.cb_eval = self._callback
         options = {"logits_all": True, "verbose": False, "type_k": F32, "type_v": F32, **options}
-        with mock.patch.object(code, "llama_context_default_params", lambda: params):
+        with mock.patch.object(code, "llama_context_default_params", return_value=params):
             return llama_cpp.Llama(str(path), **options)
 
     def _seen(self, pointer, ask, _):

@@ -52,7 +52,9 @@ class Attention(nn.Module):
         xq, xk, xv = (w(x).view(split) for w in (self.wq, self.wk, self.wv))
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis=freqs_cis)
         old = start_pos and (self.cache_k, self.cache_v)
-        keys, values = (torch.cat((o, n), 1) for o, n in zip(old, (xk, xv))) if old else (xk, xv)
+        keys, values = (
+            (torch.cat((o, n), 1) for o, n in zip(old, (xk, xv), strict=True)) if old else (xk, xv)
+        )
         self.cache_k, self.cache_v = keys, values
         queries = xq.transpose(1, 2)
         keys, values = (

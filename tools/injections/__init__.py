@@ -1,1 +1,1 @@
-"""Mistakes made on purpose in transformers' Llama, to see whether `llama3np diagnose` names them."""
+"""Mistakes made on purpose in transformers' Llama, for `llama3np diagnose` to name."""

@@ -433,6 +433,7 @@ class Mistake(NamedTuple):
 
 
 SCALED_8, SCALED_32 = ("made-up-8",), ("made-up-32",)
+NOT_SQUARE = ("smollm2", "made-up-8")
 
 ATTN, MLP = "self_attn.", "mlp."
 
@@ -475,8 +476,9 @@ MISTAKES = {
     "residual-missing/attention": Mistake(partial(residual, first=nothing, second=stream)),
     "residual-missing/mlp": Mistake(partial(residual, first=stream, second=nothing)),
     "scale-missing": Mistake(partial(scale, factor=lambda H, D: 1.0)),
-    "scale-by-width": Mistake(partial(scale, factor=lambda H, D: D**-0.5)),
-    "scale-twice": Mistake(partial(scale, factor=lambda H, D: 1 / H)),
+    # Not in stories260K: its D is H * H, so that both are the same number.
+    "scale-by-width": Mistake(partial(scale, factor=lambda H, D: D**-0.5), NOT_SQUARE),
+    "scale-twice": Mistake(partial(scale, factor=lambda H, D: 1 / H), NOT_SQUARE),
     "softmax-over-queries": Mistake(softmax_axis),
     "mask-missing": Mistake(partial(mask, visible=lambda query, key: query == query)),
     "mask-sees-next": Mistake(partial(mask, visible=lambda query, key: key <= query + 1)),

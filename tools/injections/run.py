@@ -1,8 +1,8 @@
 """Run spoiled and unspoiled models in transformers, and keep what they show.
 
-python -m injections.run JOB.json, which holds "models" {name: path}, "prompts" {name: [ids, ...]}, "out", and
-optionally "only", a list of cases. Every case leaves OUT/CASE.full and OUT/CASE.logits, both
-.safetensors, written by tools/capture/transformers_capture.py.
+python -m injections.run JOB.json, which holds "models" {name: path}, "prompts" {name: [ids, ...]},
+"out", and optionally "only", parts of the names of the cases to run. Every case leaves
+OUT/CASE.full and OUT/CASE.logits, both .safetensors, written by tools/capture.
 """
 
 import json

@@ -1,0 +1,215 @@
+"""Make every mistake in transformers, and see what `llama3np diagnose` says: docs/confusion.md.
+
+    python tools/confusion.py --peers /tmp/peers/bin/python
+
+runs in this environment; the other Python has torch and transformers (tools/parity/README.md says
+how to make it). It makes each mistake of tools/injections in a transformers model, and captures a
+full trace and one of logits alone with tools/capture; here each is diagnosed. The models are
+stories260K (the shared folder), SmolLM2 (installed) and two made-up ones of random weights.
+--only PART runs the cases whose name has it in them, and prints them without writing the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llama3np.crosscheck.diagnose import diagnose
+
+import llama3np
+from llama3np.crosscheck import files, mutations
+from llama3np.load.convert import convert
+from llama3np.load.installed import resolve
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "confusion.md"
+TEXTS = (
+    "Once upon a time, there was a little girl named Lily. She loved to play",
+    "The sun was hot and the dog ran to the big tree.",
+    "Tom said: it is my red ball!",
+    "One day a cat saw 3 birds, and they were happy to see the cat and the moon.",
+)
+MADE_UP = [7, 3, 200, 41, 5, 99, 180, 12, 255, 64, 33, 3, 77, 101, 9, 222]  # ids of no text
+PARTS = ("full", "logits")
+
+
+class Result(NamedTuple):
+    """What came of one case. rank: 1 for the first of those ranked; 0 if it is not among them."""
+
+    mistake: str
+    form: str
+    model: str
+    part: str
+    status: str
+    verdict: str | None
+    rank: int
+    alike: list[str]
+    invisible: bool
+
+    @property
+    def named(self) -> bool:
+        """Whether the diagnosis begins with the mistake that was made."""
+        return self.verdict == self.mistake
+
+
+# ---- what is run ---------------------------------------------------------------------------------
+
+
+def make_job(shared: Path, out: Path, only: list[str]) -> dict[str, Any]:
+    """What the other Python is told: models, prompts, and where to write."""
+    smollm2 = out / "smollm2"
+    convert(resolve("smollm2"), str(smollm2), "hf", "f32")
+    stories = llama3np.load(shared / "data" / "stories260K.bin").tokenizer
+    smol = llama3np.load("smollm2").tokenizer
+    prompts = {
+        "stories260k": [stories.with_bos(stories.encode(text)) for text in (*TEXTS, *LONGER)],
+        "smollm2": [[1, *smol.encode(text)] for text in TEXTS],  # 1: its <|im_start|>
+        "made-up-8": [MADE_UP],
+        "made-up-32": [MADE_UP],
+    }
+    models = {"stories260k": str(shared / "data" / "stories260K-hf"), "smollm2": str(smollm2)}
+    return {"models": models, "prompts": prompts, "out": str(out), "only": only}
+
+
+LONGER = (" ".join(TEXTS[:2]), " ".join(TEXTS[2:]))
+
+
+def inject(peers: str, job: dict[str, Any]) -> None:
+    """Let the other Python write the candidates' traces."""
+    file = Path(job["out"]) / "job.json"
+    file.write_text(json.dumps(job))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tools"), "TQDM_DISABLE": "1"}
+    command = [peers, "-m", "injections.run", str(file)]
+    subprocess.run(command, env=environment, check=True, stdout=sys.stderr)
+
+
+def results(job: dict[str, Any]) -> Iterator[Result]:
+    """The diagnosis of every trace that was written, model by model."""
+    out = Path(job["out"])
+    for model in job["prompts"]:
+        llm = llama3np.load(job["models"].get(model, out / model), threads=1)
+        for file in sorted(out.glob(f"*@{model}.*.safetensors")):
+            result = result_of(llm, file, job["prompts"][model][0])
+            print(*result, file=sys.stderr, flush=True)
+            yield result
+
+
+def result_of(llm: llama3np.Llama, file: Path, wanted: list[int]) -> Result:
+    """The diagnosis of one trace. wanted: the ids that a spoiled run was meant to have."""
+    case, part, _ = file.name.rsplit(".", 2)
+    name, model = case.split("@")
+    mistake, _, form = name.partition("~")
+    trace = files.read(file)
+    ran, prefill = trace.meta["ids"], trace.meta["prefill"]
+    ids = ran if mistake.startswith("right-") else wanted
+    found = diagnose(llm, trace, ids, len(ids) if prefill == len(ran) else prefill)
+    ranked = list(dict.fromkeys(trial.id for trial in found.ranked))
+    return Result(
+        mistake, form, model, part, found.status, found.verdict,
+        ranked.index(mistake) + 1 if mistake in ranked else 0,
+        found.alike, mistake in found.invisible,
+    )  # fmt: skip
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+def page(found: list[Result]) -> str:
+    """docs/confusion.md."""
+    made = [each for each in found if not each.mistake.startswith("right-")]
+    right = [each for each in found if each.mistake.startswith("right-")]
+    lines = [INTRODUCTION, *summary(made, right), "", *table(made), "", *untouched(right)]
+    return "\n".join(lines) + "\n"
+
+
+INTRODUCTION = """# Injected against named
+
+Written by `python tools/confusion.py --peers PYTHON`. Each row is a mistake, made in transformers'
+Llama (its classes, weights or config; `tools/injections/mistakes.py`), captured with
+`tools/capture/transformers_capture.py`, and diagnosed by `llama3np diagnose`: once from a full
+trace and once from its logits alone. A cell is what was named; "as well" lists ids that explain the
+numbers equally. The spec's own mutations are not used to make any of it.
+"""
+
+
+def summary(made: list[Result], right: list[Result]) -> list[str]:
+    """How many were named, and that nothing was said of the right ones."""
+    lines = [
+        "| from | mistakes made | named first | invisible there | not named |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for part in PARTS:
+        of = [each for each in made if each.part == part]
+        named, hidden = sum(e.named for e in of), sum(e.invisible and not e.named for e in of)
+        words = {"full": "full traces", "logits": "logits alone"}[part]
+        lines.append(f"| {words} | {len(of)} | {named} | {hidden} | {len(of) - named - hidden} |")
+    listed = {each.mistake for each in made}
+    lines += [
+        "",
+        f"{len(listed)} of the {len(mutations.table())} mutations that diagnose knows were made.",
+    ]
+    if absent := [id for id in mutations.table() if id not in listed]:
+        lines += [f"Not made: {', '.join(absent)}."]
+    blamed = [each for each in right if each.status != "agrees"]
+    runs = len({(each.mistake, each.model) for each in right})
+    return [*lines, "", f"Of {runs} correct runs, {len(blamed)} were blamed for anything."]
+
+
+def table(made: list[Result]) -> list[str]:
+    """A row for every mistake and model."""
+    lines = [
+        "| made | in | from the full trace | rank | from logits alone | rank |",
+        "|---|---|---|--:|---|--:|",
+    ]
+    rows = {(each.mistake, each.form, each.model): {} for each in made}
+    for each in made:
+        rows[each.mistake, each.form, each.model][each.part] = each
+    for (mistake, form, model), parts in sorted(rows.items()):
+        cells = [cell(parts[part]) for part in PARTS]
+        ranks = [parts[part].rank or "-" for part in PARTS]
+        name = f"{mistake} ({form})" if form else mistake
+        lines.append(f"| {name} | {model} | {cells[0]} | {ranks[0]} | {cells[1]} | {ranks[1]} |")
+    return lines
+
+
+def cell(each: Result) -> str:
+    """What was said."""
+    if each.verdict is None:
+        return "invisible" if each.invisible else f"**{each.status}**"
+    words = each.verdict if each.named else f"**{each.verdict}**"
+    return words + (f", as well {', '.join(each.alike)}" if each.alike else "")
+
+
+def untouched(right: list[Result]) -> list[str]:
+    """A row for every correct run."""
+    lines = ["## Correct runs", "", "| run | in | full trace | logits alone |", "|---|---|---|---|"]
+    for name, model in sorted({(each.mistake, each.model) for each in right}):
+        of = {e.part: e.verdict or e.status for e in right if (e.mistake, e.model) == (name, model)}
+        lines.append(f"| {name.removeprefix('right-')} | {model} | {of['full']} | {of['logits']} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peers", required=True, help="a Python with torch and transformers")
+    parser.add_argument("--shared", type=Path, default=os.environ.get("LLAMA3NP_SHARED"))
+    parser.add_argument("--only", nargs="*", default=[], help="parts of the cases' names")
+    args = parser.parse_args()
+    shared = Path(args.shared or ROOT.parent / "shared")
+    with tempfile.TemporaryDirectory() as folder:
+        job = make_job(shared, Path(folder), args.only)
+        inject(args.peers, job)
+        found = list(results(job))
+    text = page(found)
+    print(text) if args.only else PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
