@@ -21,10 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama3np.crosscheck.diagnose import diagnose
-
 import llama3np
 from llama3np.crosscheck import files, mutations
+from llama3np.crosscheck.diagnose import diagnose
 from llama3np.load.convert import convert
 from llama3np.load.installed import resolve
 
@@ -70,7 +69,7 @@ def make_job(shared: Path, out: Path, only: list[str]) -> dict[str, Any]:
     smol = llama3np.load("smollm2").tokenizer
     prompts = {
         "stories260k": [stories.with_bos(stories.encode(text)) for text in (*TEXTS, *LONGER)],
-        "smollm2": [[1, *smol.encode(text)] for text in TEXTS],  # 1: its <|im_start|>
+        "smollm2": [[1, *smol.encode(text)] for text in TEXTS[2:]],  # 1: its <|im_start|>
         "made-up-8": [MADE_UP],
         "made-up-32": [MADE_UP],
     }

@@ -427,23 +427,25 @@ class Mistake(NamedTuple):
     """What is done to a port, in which models, and whether tokens have to be decoded to see it."""
 
     make: Callable[[Port], None]
-    models: tuple[str, ...] = ("stories260k", "smollm2")
+    models: tuple[str, ...] = ("stories260k", "made-up-8")
     decode: bool = False
     dtype: str = "float32"
 
 
 SCALED_8, SCALED_32 = ("made-up-8",), ("made-up-32",)
+REAL = ("stories260k", "smollm2")
 NOT_SQUARE = ("smollm2", "made-up-8")
+ALL = ("stories260k", "made-up-8", "smollm2")
 
 ATTN, MLP = "self_attn.", "mlp."
 
 # By the id that `llama3np diagnose` has for it; after "/" one of several ways to make it.
 MISTAKES = {
-    "rope-pairing-swapped": Mistake(pairs_of_neighbours),
+    "rope-pairing-swapped": Mistake(pairs_of_neighbours, ALL),
     "theta-10000": Mistake(partial(rope_config, rope_theta=1e4), ("smollm2", "made-up-8")),
-    "theta-500000": Mistake(partial(rope_config, rope_theta=5e5)),
+    "theta-500000": Mistake(partial(rope_config, rope_theta=5e5), REAL),
     "rope-scaling-absent": Mistake(scaling_absent, SCALED_8 + SCALED_32),
-    "rope-scaling-added": Mistake(scaling_added),
+    "rope-scaling-added": Mistake(scaling_added, REAL),
     "rope-scaling-linear": Mistake(scaling_linear, ("stories260k", *SCALED_8, *SCALED_32)),
     "rope-factor-8": Mistake(partial(rope_config, factor=8.0), SCALED_32),
     "rope-factor-32": Mistake(partial(rope_config, factor=32.0), SCALED_8),
@@ -451,7 +453,9 @@ MISTAKES = {
     "rope-tables-bf16": Mistake(partial(tables_changed, change=tables_bf16)),
     "rope-backwards": Mistake(partial(tables_changed, change=lambda cos, sin: (cos, -sin))),
     "positions-from-one": Mistake(partial(positions, changed=lambda p, _: p + 1)),
-    "positions-restart-at-decode/once": Mistake(partial(positions, changed=restarted), decode=True),
+    "positions-restart-at-decode/once": Mistake(
+        partial(positions, changed=restarted), ALL, decode=True
+    ),
     "positions-restart-at-decode/always": Mistake(
         partial(positions, changed=always_0), decode=True
     ),
@@ -461,16 +465,16 @@ MISTAKES = {
     "rope-only-on-k": Mistake(partial(rope_changed, change=lambda tq, tk, q, k: (q, tk))),
     "rope-on-v": Mistake(rope_on_v),
     "rope-twice-on-cached-keys": Mistake(rope_after_caching_again),
-    "eps-1e-6": Mistake(partial(eps, value=1e-6)),
+    "eps-1e-6": Mistake(partial(eps, value=1e-6), ALL),
     "eps-1e-5": Mistake(partial(eps, value=1e-5), SCALED_32),
     "eps-0": Mistake(partial(eps, value=0.0)),
     "norm-weight-before-cast": Mistake(
-        partial(norm_forward, weighted=weight_before_cast), dtype="bfloat16"
+        partial(norm_forward, weighted=weight_before_cast), ALL, dtype="bfloat16"
     ),
     "norm-weight-missing": Mistake(partial(norm_forward, weighted=weight_missing)),
     "norm-weight-plus-one": Mistake(partial(norm_forward, weighted=weight_plus_one)),
     "f16-overflow": Mistake(norm_squares_f16, ("smollm2",), dtype="float16"),
-    "final-norm-missing": Mistake(final_norm_missing),
+    "final-norm-missing": Mistake(final_norm_missing, ALL),
     "residual-from-norm/both": Mistake(partial(residual, first=normed, second=normed)),
     "residual-from-norm/attention": Mistake(partial(residual, first=normed, second=stream)),
     "residual-missing/attention": Mistake(partial(residual, first=nothing, second=stream)),
@@ -480,22 +484,22 @@ MISTAKES = {
     "scale-by-width": Mistake(partial(scale, factor=lambda H, D: D**-0.5), NOT_SQUARE),
     "scale-twice": Mistake(partial(scale, factor=lambda H, D: 1 / H), NOT_SQUARE),
     "softmax-over-queries": Mistake(softmax_axis),
-    "mask-missing": Mistake(partial(mask, visible=lambda query, key: query == query)),
+    "mask-missing": Mistake(partial(mask, visible=lambda query, key: query == query), ALL),
     "mask-sees-next": Mistake(partial(mask, visible=lambda query, key: key <= query + 1)),
     "mask-hides-self": Mistake(partial(mask, visible=lambda query, key: key < query)),
     "mask-only-in-prefill": Mistake(unmasked_static_cache, decode=True),
-    "heads-tiled": Mistake(heads_by_tile),
+    "heads-tiled": Mistake(heads_by_tile, ALL),
     "kv-swapped": Mistake(k_v_mixed_up),
-    "cache-hole/late": Mistake(partial(slots, read=late), decode=True),
+    "cache-hole/late": Mistake(partial(slots, read=late), ALL, decode=True),
     "cache-hole/lost": Mistake(partial(slots, read=lost), decode=True),
-    "cache-overwritten": Mistake(partial(slots, read=early), decode=True),
+    "cache-overwritten": Mistake(partial(slots, read=early), ALL, decode=True),
     "cache-slot-stuck": Mistake(partial(slots, read=stuck), decode=True),
-    "gate-up-swapped": Mistake(gate_up_in_code),
+    "gate-up-swapped": Mistake(gate_up_in_code, ALL),
     "gelu-exact": Mistake(partial(activation, function=nn.GELU())),
     "gelu-tanh": Mistake(partial(activation, function=nn.GELU("tanh"))),
     "relu": Mistake(partial(activation, function=nn.ReLU())),
-    "qk-permuted": Mistake(partial(permuted, order=rows_of_meta)),
-    "qk-permuted-back": Mistake(partial(permuted, order=rows_of_halves)),
+    "qk-permuted": Mistake(partial(permuted, order=rows_of_meta), ALL),
+    "qk-permuted-back": Mistake(partial(permuted, order=rows_of_halves), ALL),
     "k-permuted-as-q": Mistake(k_permuted_as_q, ("stories260k", "made-up-8")),
     "q-transposed": Mistake(partial(reshaped, names=[ATTN + "q_proj"], change=column_by_column)),
     "k-transposed": Mistake(partial(reshaped, names=[ATTN + "k_proj"], change=column_by_column)),
@@ -518,16 +522,18 @@ MISTAKES = {
         partial(looked_up, row=lambda ids, V: (ids + V // 2) % V)
     ),
     "embedding-shard-rows/columns": Mistake(columns_as_rows),
-    "bf16-truncated": Mistake(results_cut, dtype="bfloat16"),
+    "bf16-truncated": Mistake(results_cut, ALL, dtype="bfloat16"),
     "weights-truncated": Mistake(partial(weights, change=cut)),
     "weights-bf16": Mistake(partial(weights, change=lambda w: w.bfloat16().float())),
     "weights-f16": Mistake(partial(weights, change=lambda w: w.half().float())),
     "layer-skipped/last": Mistake(partial(layers, order=lambda L: range(L - 1))),
-    "layer-skipped/2": Mistake(partial(layers, order=lambda L: [i for i in range(L) if i != 2])),
+    "layer-skipped/2": Mistake(
+        partial(layers, order=lambda L: [i for i in range(L) if i != 2]), ALL
+    ),
     "layer-repeated": Mistake(partial(layers, order=lambda L: [0, *range(L)])),
     "layers-lexicographic": Mistake(
         partial(layers, order=lambda L: sorted(range(L), key=str)), ("smollm2", "made-up-8")
     ),
-    "bos-missing": Mistake(bos_missing),
+    "bos-missing": Mistake(bos_missing, ALL),
     "bos-doubled": Mistake(bos_doubled),
 }

@@ -1,7 +1,7 @@
 """Run spoiled and unspoiled models in transformers, and keep what they show.
 
 python -m injections.run JOB.json, which holds "models" {name: path}, "prompts" {name: [ids, ...]},
-"out", and optionally "only", parts of the names of the cases to run. Every case leaves
+"out" and "only": parts of the names of the cases to run, none for all. Every case leaves
 OUT/CASE.full and OUT/CASE.logits, both .safetensors, written by tools/capture.
 """
 
@@ -52,7 +52,7 @@ def main():
     out = Path(job["out"])
     models = job["models"] | write_made_up(out)
     for case in cases(job["prompts"]):
-        if not job.get("only") or any(part in case[0] for part in job["only"]):
+        if not job["only"] or any(part in case[0] for part in job["only"]):
             print(case[0], flush=True)
             keep(case, models, out)
 
