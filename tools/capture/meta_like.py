@@ -103,7 +103,11 @@ class Transformer(nn.Module):
         freqs = args.get("rope_theta", 10000.0) ** -(torch.arange(0, H, 2).float() / H)
         angles = torch.outer(torch.arange(2048).float(), freqs)
         self.freqs_cis = torch.polar(torch.ones_like(angles), angles)
-        self.load_state_dict(weights, strict=False)  # old files carry rope.freqs too
+        head = weights.get("output.weight", weights["tok_embeddings.weight"])  # absent if tied
+        self.load_state_dict(
+            {name: weights[name] for name in weights if name != "rope.freqs"}
+            | {"output.weight": head}
+        )
 
     @torch.inference_mode()
     def forward(self, tokens, start_pos):
