@@ -1,5 +1,6 @@
 """numerics.py and the rounding of backend.py: against whole numbers, on NumPy and on CuPy."""
 
+import json
 from dataclasses import replace
 
 import ml_dtypes
@@ -8,7 +9,7 @@ import pytest
 import rounding
 from checks import assert_close, assert_same
 from devices import apply, on
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from noise import oracle_taps, short_noise
 from rounding import around, every, nearest
@@ -16,9 +17,12 @@ from runs import trace
 from strategies import SHORT, arrays, models, pairings, runs, seeds
 
 from llama3np.backend import narrow, widen
+from llama3np.cache import kv_dtype
+from llama3np.cli import main
 from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.kernels import Joined
+from llama3np.llm import Llama
 from llama3np.model import rms_norm, rope, rope_tables, swiglu
 from llama3np.numerics import PROFILES, narrow_rope, profile, short_params, ulps
 from llama3np.params import named, random
@@ -194,6 +198,28 @@ def test_an_unknown_profile_is_told_with_those_there_are():
         profile("bf16")
 
 
+@pytest.mark.parametrize(("name", "own"), [("bf16-meta", "bf16"), ("f16-hf", "f16")])
+def test_a_cache_of_16_bits_holds_its_own_type_alone(name, own):
+    """Keys are rounded once, as they are made; another type would round them again."""
+    for kv in (None, own):
+        assert kv_dtype(kv, PROFILES[name].dtype) == PROFILES[name].dtype
+    for kv in {"f32", "bf16", "f16"} - {own}:
+        with pytest.raises(InputError, match=f"kv-dtype: expected one of {own}, found '{kv}'"):
+            Llama(SMALL, random(SMALL, np.random.default_rng(0)), dtype=name, kv_dtype=kv)
+
+
+def test_info_tells_the_cache_of_every_profile(capsys):
+    found = {}
+    for name in PROFILES:
+        assert main(["info", "llama3-8b", "--dtype", name, "--json"]) == 0
+        found[name] = json.loads(capsys.readouterr().out)
+    per_token = {name: facts["cache_bytes_per_token"] for name, facts in found.items()}
+    wide = per_token["float32"]
+    assert per_token == {
+        name: wide * np.dtype(p.dtype).itemsize // 4 for name, p in PROFILES.items()
+    }
+
+
 @kinds
 @pytest.mark.parametrize("head_dim", range(2, 258, 2))
 def test_dividing_by_sqrt_and_multiplying_by_its_inverse_are_one_number_in_bf16(kind, head_dim):
@@ -325,6 +351,7 @@ def test_swiglu_is_within_two_ulps_of_the_exact_one_rounded_twice(xp, name, seed
 
 
 @profiles
+@settings(max_examples=24)
 @given(runs())
 def test_every_tap_is_as_near_the_oracle_as_its_bits_allow(xp, name, run):
     """And in the profile's type, but for logits, which are widened at the end."""

@@ -34,7 +34,9 @@ def load_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="cpu", metavar="cpu|cuda[:N]", help="where to compute: cpu if not given"
     )
-    parser.add_argument("--dtype", default="float32", choices=PROFILES, help="precision profile")
+    parser.add_argument(
+        "--dtype", default="float32", choices=PROFILES, help="precision profile (docs/numerics.md)"
+    )
     parser.add_argument("--max-seq-len", type=int, metavar="N", help="prompt + new tokens at most")
     parser.add_argument(
         "--engine",
@@ -42,7 +44,7 @@ def load_arguments(parser: argparse.ArgumentParser) -> None:
         help="numba where it is installed; on cuda: cuda, or cupy for the plain operations",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="the physical cores if not given")
-    parser.add_argument("--kv-dtype", choices=KV_DTYPES, help="of cached keys and values: f32")
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES, help="of keys and values: the profile's")
     parser.add_argument(
         "--prefill-chunk", type=int, metavar="N", help=f"prompt tokens at a time: {CHUNK}"
     )
