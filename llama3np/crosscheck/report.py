@@ -203,7 +203,8 @@ def draw(result: Comparison, axes: Any) -> None:
     axes.plot([i for i, _ in rows], limit, color="0.5", label="budget")
     for points, style, label in ((rows, ".", "taps"), (stream, "o-", "residual stream, logits")):
         drawn = [(i, row.nmse**0.5) for i, row in points if row.nmse and isfinite(row.nmse)]
-        axes.plot(*zip(*drawn, strict=True), style, ms=4, label=label) if drawn else None
+        if drawn:
+            axes.plot(*zip(*drawn, strict=True), style, ms=4, label=label)
     if result.first_divergence:
         first = next(i for i, row in enumerate(result.rows) if not row.agrees)
         axes.axvline(first, color="C3", ls=":", label=f"first: {result.first_divergence.tap}")
