@@ -25,6 +25,7 @@ COMMANDS = {
     "info": "say what a checkpoint or preset is: structure, parameters, bytes, tokenizer",
     "plan": "say what fits into memory, and how fast it can be at best",
     "bench": "measure speed, beside the limits of this machine and other programs",
+    "trace": "write every intermediate result of a run, to check another implementation with",
     "compare": "find the first operation in which another implementation's trace goes wrong",
     "score": "perplexity of a text, and how far from another model's predictions",
     "convert": "write a checkpoint in another format: Hugging Face, Meta, GGUF",
