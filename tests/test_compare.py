@@ -21,6 +21,7 @@ from llama3np.crosscheck.output import new_trace
 from llama3np.crosscheck.stored import Spec
 from llama3np.crosscheck.taps import Trace
 from llama3np.errors import InputError
+from llama3np.load import save_hf
 
 IDS = [1, 5, 2, 7]
 few = settings(max_examples=25)
@@ -465,3 +466,23 @@ def test_a_plot_is_a_picture(files, tmp_path, capsys):
     assert main(["compare", files["ref"], files["right"], "--plot", str(tmp_path / "x.doc")]) == 2
     assert "expected a picture, .png, .svg or .pdf, found '.doc'" in capsys.readouterr().err
     assert [entry.name for entry in tmp_path.iterdir()] == ["growth.png"]
+
+
+def test_logits_over_a_text_are_compared_by_their_predictions(tmp_path, capsys):
+    logits = run(EXAMPLE, IDS).arrays["logits"]
+    np.savez(tmp_path / "ref.npz", ids=IDS, logits=logits)
+    np.savez(tmp_path / "cand.npz", ids=IDS, logits=logits[::-1])
+    paths = [str(tmp_path / "ref.npz"), str(tmp_path / "cand.npz")]
+    assert main(["compare", "--logits", *paths, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["tokens"], found["kl_mean"] > 0.01) == (3, True)
+    assert main(["compare", paths[0], paths[0], "--logits"]) == 0
+    assert "top-1 agreement        100.00%" in capsys.readouterr().out
+
+
+def test_a_budget_is_measured_with_the_model_where_the_reference_has_none(tmp_path, files, capsys):
+    save_hf(tmp_path / "model", EXAMPLE.config, EXAMPLE.params)
+    pair = files["nobudget"], files["right"]
+    assert main(["compare", *pair, "--model", str(tmp_path / "model")]) == 0
+    assert "3 x the measured error of float32" in capsys.readouterr().out
+    assert main(["compare", *pair, "--model", str(tmp_path / "absent")]) == 2

@@ -25,12 +25,12 @@ def as_json(result: Comparison) -> dict[str, Any]:
     first = result.first_divergence
     return {
         "verdict": result.verdict,
-        "first_divergence": None if first is None else _plain(asdict(first)),
-        "taps": {row.name: _plain(_row(row)) for row in result.rows},
+        "first_divergence": None if first is None else plain(asdict(first)),
+        "taps": {row.name: plain(_row(row)) for row in result.rows},
         "recognised": result.recognised,
         "missing": result.missing,
         "unused": result.unused,
-        "ties": [_plain(flip._asdict()) for flip in result.flips],
+        "ties": [plain(flip._asdict()) for flip in result.flips],
         "notes": result.notes,
         "precision": result.precision._asdict(),
         "factor": result.factor,
@@ -44,9 +44,10 @@ def _row(row: Row) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key != "name" and value is not None}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The same for JSON, which has no numbers that are not finite."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 
