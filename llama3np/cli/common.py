@@ -31,13 +31,21 @@ DEFAULT = "default"  # as --temperature: the sampling that the model's files rec
 
 def load_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of loading."""
-    parser.add_argument(
-        "--device", default="cpu", metavar="cpu|cuda[:N]", help="where to compute: cpu if not given"
-    )
+    compute_arguments(parser)
     parser.add_argument(
         "--dtype", default="float32", choices=PROFILES, help="precision profile (docs/numerics.md)"
     )
     parser.add_argument("--max-seq-len", type=int, metavar="N", help="prompt + new tokens at most")
+    parser.add_argument(
+        "--prefill-chunk", type=int, metavar="N", help=f"prompt tokens at a time: {CHUNK}"
+    )
+
+
+def compute_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where and by what it is computed."""
+    parser.add_argument(
+        "--device", default="cpu", metavar="cpu|cuda[:N]", help="where to compute: cpu if not given"
+    )
     parser.add_argument(
         "--engine",
         choices=(*ENGINES, *CUDA_ENGINES),
@@ -45,9 +53,6 @@ def load_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, metavar="N", help="the physical cores if not given")
     parser.add_argument("--kv-dtype", choices=KV_DTYPES, help="of keys and values: the profile's")
-    parser.add_argument(
-        "--prefill-chunk", type=int, metavar="N", help=f"prompt tokens at a time: {CHUNK}"
-    )
     rope_argument(parser)
 
 
@@ -59,6 +64,28 @@ def rope_argument(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="RoPE scaling of a Meta directory with use_scaled_rope, which tells no factor",
     )
+
+
+def prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """A text, or token ids."""
+    parser.add_argument(
+        "prompt", nargs="?", metavar="PROMPT", help="a text; - reads standard input"
+    )
+    parser.add_argument("--prompt-ids", metavar="1,2,3", help="token ids in place of PROMPT")
+
+
+def prompt_ids(args: argparse.Namespace, llm: Llama) -> list[int]:
+    """The ids of what prompt_arguments took. Raises InputError for both, or neither."""
+    if (args.prompt is None) == (args.prompt_ids is None):
+        raise InputError("expected either PROMPT or --prompt-ids")
+    if args.prompt_ids is not None:
+        return llm.encode(parse_ids(args.prompt_ids))
+    return llm.encode(text_of(args.prompt))
+
+
+def text_of(prompt: str) -> str:
+    """PROMPT, or what is on standard input without its last line break."""
+    return sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
 
 
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -155,15 +182,16 @@ def plan_printed(device: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress_bar(doing: str = "loading") -> Iterator[Any]:
+def progress_bar(doing: str = "loading", of_bytes: bool = True) -> Iterator[Any]:
     """Yield progress(done, total, name): a bar on a terminal, None into a pipe."""
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
 
-    columns = (TextColumn(doing), BarColumn(), DownloadColumn(), TextColumn("{task.fields[n]}"))
+    amount = DownloadColumn() if of_bytes else MofNCompleteColumn()
+    columns = (TextColumn(doing), BarColumn(), amount, TextColumn("{task.fields[n]}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", n="")
         yield lambda done, total, name: bar.update(task, completed=done, total=total, n=name)

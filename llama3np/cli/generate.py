@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from llama3np.cli import common
 from llama3np.errors import InputError
@@ -12,13 +11,7 @@ from llama3np.llm import Llama
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument(
-        "prompt",
-        nargs="?",
-        metavar="PROMPT",
-        help="a text; - reads standard input",
-    )
-    parser.add_argument("--prompt-ids", metavar="1,2,3", help="token ids in place of PROMPT")
+    common.prompt_arguments(parser)
     parser.add_argument("--chat", action="store_true", help="PROMPT is a message to answer")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
     common.chat_arguments(parser)
@@ -43,10 +36,8 @@ def run(args: argparse.Namespace) -> None:
 
 def ids_of(args: argparse.Namespace, llm: Llama) -> list[int]:
     """The prompt as token ids, from whichever form it was given in."""
-    if args.prompt_ids is not None:
-        return llm.encode(common.parse_ids(args.prompt_ids))
-    text = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
     if not args.chat:
-        return llm.encode(text)
+        return common.prompt_ids(args, llm)
+    text = common.text_of(args.prompt)
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     return llm.chat_ids([*system, {"role": "user", "content": text}], args.chat_format)

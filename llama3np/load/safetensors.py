@@ -39,18 +39,30 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
     Raises CheckpointError for anything the format forbids, a file cut short, and other dtypes.
     """
+    return read_annotated(path, SUPPORTED)[0]
+
+
+def read_annotated(
+    path: Path, dtypes: Mapping[str, np.dtype]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays as `read` has them, of these dtypes by the format's codes, and the annotations.
+
+    The annotations are what stands under __metadata__: text by a key.
+    """
     data = map_file(path)
     header, data_start = _header(data, path)
-    entries = {name: _entry(name, value, path) for name, value in header.items()}
+    annotations = header.pop("__metadata__", None)
+    entries = {name: _entry(name, value, path, dtypes) for name, value in header.items()}
     _check_places(entries, len(data) - data_start, path)
-    return {
+    arrays = {
         name: view(data, entry.dtype, entry.shape, data_start + entry.start)
         for name, entry in entries.items()
     }
+    return arrays, annotations if isinstance(annotations, dict) else {}
 
 
 def _header(data: mmap.mmap, path: Path) -> tuple[dict[str, Any], int]:
-    """The header without its text annotations, and where the data begin."""
+    """The header, and where the data begin."""
     if len(data) < 8:
         raise CheckpointError(
             f"{path}: expected a safetensors header of 8 bytes, found {len(data)}"
@@ -62,26 +74,25 @@ def _header(data: mmap.mmap, path: Path) -> tuple[dict[str, Any], int]:
             f"{len(data) - 8} bytes after it and the limit is {MAX_JSON}"
         )
     header = parse_json(data[8 : 8 + length], f"{path}: safetensors header")
-    header.pop("__metadata__", None)
     return header, 8 + length
 
 
-def _entry(name: str, value: Any, path: Path) -> _Entry:
+def _entry(name: str, value: Any, path: Path, dtypes: Mapping[str, np.dtype]) -> _Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(
             f"{path}: tensor {name!r}: expected dtype, shape and data_offsets, found {short(value)}"
         )
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in SUPPORTED:
+    if not isinstance(dtype, str) or dtype not in dtypes:
         raise CheckpointError(
-            f"{path}: tensor {name!r}: expected dtype {', '.join(SUPPORTED)}, found {short(dtype)}"
+            f"{path}: tensor {name!r}: expected dtype {', '.join(dtypes)}, found {short(dtype)}"
         )
-    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+    if not counts(shape) or not counts(offsets) or len(offsets) != 2:
         raise CheckpointError(
             f"{path}: tensor {name!r}: expected whole numbers as shape and two as data_offsets, "
             f"found {short(shape)} and {short(offsets)}"
         )
-    entry = _Entry(SUPPORTED[dtype], tuple(shape), *offsets)
+    entry = _Entry(dtypes[dtype], tuple(shape), *offsets)
     expected = math.prod(shape) * entry.dtype.itemsize
     if entry.stop - entry.start != expected:
         raise CheckpointError(
@@ -91,7 +102,7 @@ def _entry(name: str, value: Any, path: Path) -> _Entry:
     return entry
 
 
-def _counts(values: Any) -> bool:
+def counts(values: Any) -> bool:
     """Whether this is a list of whole numbers >= 0, few and small enough for an array's shape."""
     if not isinstance(values, list) or len(values) > 32:
         return False
@@ -123,20 +134,29 @@ def write(path: Path, tensors: Mapping[str, Any]) -> None:
     something at `path`.
     """
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    annotations = {"format": "pt"}  # transformers asks for it
     with new_file(path) as temporary, temporary.open("wb") as file:
-        file.write(_encoded_header(ordered, path))
+        file.write(encoded_header(ordered, path, annotations, SUPPORTED))
         for name, w in ordered.items():
             write_tensor(file, name, w)
 
 
-def _encoded_header(tensors: Mapping[str, Any], path: Path) -> bytes:
-    """The length and the header; spaces fill it up so that the data begin at a multiple of 8."""
-    code_of = {dtype: code for code, dtype in SUPPORTED.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+def encoded_header(
+    tensors: Mapping[str, Any],
+    path: Path,
+    annotations: Mapping[str, str],
+    dtypes: Mapping[str, np.dtype],
+) -> bytes:
+    """The length and the header; spaces fill it up so that the data begin at a multiple of 8.
+
+    tensors: name -> what has a shape, a dtype and nbytes, one after the other in the file.
+    """
+    code_of = {dtype: code for code, dtype in dtypes.items()}
+    header: dict[str, Any] = {"__metadata__": annotations}
     end = 0
     for name, w in tensors.items():
         if w.dtype not in code_of:
-            found = f"expected dtype {', '.join(SUPPORTED)}, found {w.dtype}"
+            found = f"expected dtype {', '.join(dtypes)}, found {w.dtype}"
             raise InputError(f"{path}: tensor {name!r}: {found}")
         start, end = end, end + w.nbytes
         header[name] = {
