@@ -272,7 +272,7 @@ def report(results: list[Result]) -> str:
             "bf16-meta beside Meta's own model.py, the others beside transformers (eager).\n",
             *tap_rows(results),
             "",
-            "More than 1 ulp apart are sums whose terms cancel; no such difference is above",
+            "No difference of more than 1 ulp is above "
             f"{beyond:.1e} of the largest number of its array.",
             "\n## Model by model\n",
             "The last three columns are of whole models run freely: root mean square distances of",
