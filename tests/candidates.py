@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from llama3np import model as spec
 from llama3np.cache import new_cache
+from llama3np.config import Config
 from llama3np.crosscheck import measure, taps
 from llama3np.crosscheck.taps import Trace
 from llama3np.crosscheck.trace import record
@@ -207,3 +208,8 @@ def stored(trace, dtype):
     """The numbers rounded to a dtype once, as a file may keep them."""
     with np.errstate(over="ignore"):
         return Trace({name: a.astype(dtype) for name, a in trace.arrays.items()}, {})
+
+
+EXAMPLE = strategies.Model(
+    Config(dim=10, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=4, ffn_dim=9, vocab_size=13), 5
+)

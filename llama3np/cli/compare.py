@@ -6,7 +6,8 @@ import argparse
 import json
 from typing import Any
 
-from llama3np.crosscheck import files, report
+from llama3np.cli import score
+from llama3np.crosscheck import budget, files, references, report
 from llama3np.crosscheck.compare import Comparison, compare
 from llama3np.crosscheck.schemes import read_map
 from llama3np.errors import InputError
@@ -20,6 +21,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument("ref", metavar="REF", help="a trace that llama3np made")
     parser.add_argument("cand", metavar="CAND", help="the other implementation's, in any names")
+    parser.add_argument(
+        "--logits", action="store_true", help="both are .npz of logits over a text: how far apart"
+    )
     parser.add_argument("--map", metavar="FILE", help='JSON: {"their.{i}.name": "layers.{i}.q"}')
     parser.add_argument("--partial", action="store_true", help="CAND needs no logits")
     parser.add_argument(
@@ -34,6 +38,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, print; 0 if they agree, 1 if not, 2 if that cannot be told."""
+    if args.logits:
+        far = references.compared(args.ref, args.cand)
+        print(json.dumps(report.plain(far)) if args.json else "\n".join(score.lines(far)))
+        return 0
     if args.plot:
         report.figure_class()  # before the work
     names = read_map(args.map) if args.map else None
@@ -56,11 +64,10 @@ def measured(args: argparse.Namespace, meta: dict[str, Any]) -> Any:
     """The budgets of REF, or those measured with --model; None for the former."""
     if meta.get("budgets") or not args.model:
         return None
-    from llama3np.crosscheck import budget
-
     if "ids" not in meta:
         raise InputError(f"{args.ref}: expected a trace of llama3np, found no ids in its metadata")
-    return budget.measure(args.model, meta["ids"], prefill=meta.get("prefill"))
+    profiles = [args.profile] if args.profile else None
+    return budget.measure(args.model, meta["ids"], profiles, meta.get("prefill"))
 
 
 def show(result: Comparison, as_json: bool, full: bool) -> None:

@@ -136,7 +136,7 @@ def largest(budgets: list[Mapping[str, Mapping[str, float]]], name: str, least: 
     errors = [Allowed(budget[name]["max_abs"], budget[name]["nmse"]) for budget in budgets]
     if not all(np.isfinite(error).all() for error in errors):
         raise InputError(f"budget: the profile itself overflows at {name!r}: choose another one")
-    return Allowed(*map(max, zip(least, *errors, strict=True)))
+    return Allowed(*(float(max(each)) for each in zip(least, *errors, strict=True)))
 
 
 def beyond(found: np.ndarray, expected: np.ndarray, allowed: Allowed) -> np.ndarray:

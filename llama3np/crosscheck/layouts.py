@@ -121,8 +121,8 @@ def layouts(dims: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Iter
     longer = sorted({size for size in shape if size > keys}) if "S" in dims else []
     for back_to_front, S, word in product((False, True), (keys, *longer), LAYOUTS[dims]):
         layout = Layout(dims, word, back_to_front, {**sizes, "S": S}, keys)
-        pointless = back_to_front and (word[-1] == "T" or len(shape) < 2)
-        if not pointless and layout.count(shape) is not None:
+        in_order = word.rstrip(")")[-1] == dims[-1] and len(shape) > 1
+        if (in_order or not back_to_front) and layout.count(shape) is not None:
             yield layout
 
 

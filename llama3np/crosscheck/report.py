@@ -25,12 +25,12 @@ def as_json(result: Comparison) -> dict[str, Any]:
     first = result.first_divergence
     return {
         "verdict": result.verdict,
-        "first_divergence": None if first is None else _plain(asdict(first)),
-        "taps": {row.name: _plain(_row(row)) for row in result.rows},
+        "first_divergence": None if first is None else plain(asdict(first)),
+        "taps": {row.name: plain(_row(row)) for row in result.rows},
         "recognised": result.recognised,
         "missing": result.missing,
         "unused": result.unused,
-        "ties": [_plain(flip._asdict()) for flip in result.flips],
+        "ties": [plain(flip._asdict()) for flip in result.flips],
         "notes": result.notes,
         "precision": result.precision._asdict(),
         "factor": result.factor,
@@ -44,9 +44,10 @@ def _row(row: Row) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key != "name" and value is not None}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The same for JSON, which has no numbers that are not finite."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 
@@ -203,7 +204,8 @@ def draw(result: Comparison, axes: Any) -> None:
     axes.plot([i for i, _ in rows], limit, color="0.5", label="budget")
     for points, style, label in ((rows, ".", "taps"), (stream, "o-", "residual stream, logits")):
         drawn = [(i, row.nmse**0.5) for i, row in points if row.nmse and isfinite(row.nmse)]
-        axes.plot(*zip(*drawn, strict=True), style, ms=4, label=label) if drawn else None
+        if drawn:
+            axes.plot(*zip(*drawn, strict=True), style, ms=4, label=label)
     if result.first_divergence:
         first = next(i for i, row in enumerate(result.rows) if not row.agrees)
         axes.axvline(first, color="C3", ls=":", label=f"first: {result.first_divergence.tap}")
