@@ -133,7 +133,9 @@ class Allowance:
             raise InputError(f"budget: expected a measured error of {name!r}, found none")
         errors = [Allowed(budget[name]["max_abs"], budget[name]["nmse"]) for budget in budgets]
         if not all(np.isfinite(error).all() for error in errors):
-            raise InputError(f"budget: the profile itself overflows at {name!r}: choose another one")
+            raise InputError(
+                f"budget: the profile itself overflows at {name!r}: choose another one"
+            )
         return Allowed(*map(max, zip(least, *errors, strict=True)))
 
 
