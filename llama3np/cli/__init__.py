@@ -29,6 +29,7 @@ COMMANDS = {
     "compare": "find the first operation in which another implementation's trace goes wrong",
     "score": "perplexity of a text, and how far from another model's predictions",
     "convert": "write a checkpoint in another format: Hugging Face, Meta, GGUF",
+    "diagnose": "say which mistake explains another implementation's trace",
     "verify": "compare a checkpoint with what is publicly known of its model",
     "selftest": "check this installation on this processor or GPU, and write a report",
 }

@@ -8,182 +8,34 @@ that the damage which a mistake does downstream is no evidence for or against an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from math import exp, log
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from llama3np.crosscheck import mutant
 from llama3np.crosscheck.align import align
 from llama3np.crosscheck.allowance import precision
-from llama3np.crosscheck.evidence import (
-    FLIPS,
-    Candidate,
-    Runner,
-    Unit,
-    calls,
-    error,
-    noise,
-    profiles,
-    rows,
-    tolerances,
-    units,
+from llama3np.crosscheck.evidence import Candidate, Runner, Unit, Weights, error
+from llama3np.crosscheck.judge import (
+    Judge,
+    Outcome,
+    Trial,
+    divergence,
+    evidence,
+    explained,
+    likeliest,
+    rank,
+    score,
 )
 from llama3np.crosscheck.mutations import Mutation, Setting, table
 from llama3np.crosscheck.taps import Trace
 from llama3np.errors import InputError
 from llama3np.llm import Llama
 from llama3np.numerics import PROFILES
+from llama3np.threads import single_threaded_blas
 
-MOST = 1e9  # times the budget: further away is not worse
 PAIRED_WITH = 4  # of the mutations that help, so many are tried together with others
 SURE = 3  # times the finer budget: what the spec must be off before a 16-bit mistake is believed
-
-
-# ---- one run against the candidate ---------------------------------------------------------------
-
-
-class Outcome(NamedTuple):
-    """How far the candidate is from one run, by unit, as far as the run went."""
-
-    errors: dict[Unit, float]
-    visible: bool  # whether the run differs from the unmutated one where the candidate looks
-    whole: bool  # False: given up, because it could not be the explanation any more
-
-    def ratios(self, budget: Mapping[Unit, float]) -> dict[Unit, float]:
-        """The errors in units of a budget."""
-        return {unit: min(value / budget[unit], MOST) for unit, value in self.errors.items()}
-
-
-class Trial(NamedTuple):
-    """One form of a mutation, and what came of it."""
-
-    id: str  # of a pair "a+b"
-    where: str
-    setting: Setting
-    outcome: Outcome
-
-
-class Enough(Exception):  # noqa: N818
-    """A run is given up."""
-
-
-class Judge:
-    """Runs of one profile against one candidate."""
-
-    def __init__(self, runner: Runner, base: Setting, plain: Mapping[str, np.ndarray]):
-        self.runner, self.base, self.plain = runner, base, plain
-        self.order = {unit: i for i, (unit, _) in enumerate(units(base, plain))}
-        self.budget: dict[Unit, float] = {}
-        self.fine: dict[Unit, float] = {}  # of two runs of one 16-bit profile; else the same
-        self.candidate: Candidate | None = None
-
-    def measure(self, truth: Mapping[str, np.ndarray]) -> None:
-        """Measure the budgets: against float64, and against sums in the opposite order."""
-        other = self.runner.record(self.base, self.runner.backwards)
-        dtype = self.runner.profile.dtype
-        self.budget = tolerances(noise(self.base, truth, (self.plain, other)), dtype, 1)
-        self.fine = self.budget
-        if self.runner.profile.short:
-            self.fine = tolerances(noise(self.base, self.plain, (other,)), dtype, FLIPS)
-
-    def outcome(self, setting: Setting, last: int = -1) -> Outcome:
-        """Run, and compare unit by unit.
-
-        A run that is visibly another one than the unmutated, and diverges not after the unit of
-        number `last` in the order of execution, is given up.
-        """
-        watch = Watch(self, setting, last)
-        try:
-            self.runner.run(setting, watch.see)
-        except Enough:
-            return Outcome(watch.errors, True, False)
-        return Outcome(watch.errors, watch.visible, True)
-
-
-class Watch:
-    """Sees the taps of one run."""
-
-    def __init__(self, judge: Judge, setting: Setting, last: int):
-        assert judge.candidate is not None
-        self.judge, self.setting, self.candidate = judge, setting, judge.candidate
-        self.distance = judge.candidate.units(setting)
-        self.shift = len(setting.ids) - judge.candidate.total
-        self.last = last
-        self.errors: dict[Unit, float] = {}
-        self.early: set[Unit] = set()  # diverging, not after the last
-        self.visible = setting.ids != judge.base.ids
-
-    def see(self, start: int, name: str, array: np.ndarray) -> None:
-        """Compare one unit; raise Enough if the run is given up."""
-        judge, unit = self.judge, (start and start - self.setting.prefill + 1, name)
-        far = self.distance(start, name, array)
-        if far is None or unit not in judge.budget:
-            return
-        self.errors[unit] = far
-        if judge.order[unit] <= self.last:
-            if far > judge.budget[unit]:
-                self.early.add(unit)
-            else:  # of a layer that runs twice the second time counts
-                self.early.discard(unit)
-        self.visible = self.visible or self.differs(unit, start, name, array)
-        if self.early and self.visible:
-            raise Enough
-
-    def differs(self, unit: Unit, start: int, name: str, array: np.ndarray) -> bool:
-        """Whether this unit is another one than the unmutated run's, where the candidate looks."""
-        whole = rows(name, self.judge.plain[name], *calls(self.judge.base)[unit[0]])
-        kept = self.candidate.pick(self.shift, start, name, array)
-        plain = self.candidate.pick(self.shift, start, name, whole)
-        return error(name, kept[1], plain[1]) > self.judge.fine[unit]
-
-
-# ---- evidence ------------------------------------------------------------------------------------
-
-
-def score(ratios: Iterable[float]) -> float:
-    """The geometric mean of errors in units of their budget, 1 for what is within it."""
-    logs = [log(max(ratio, 1.0)) for ratio in ratios]
-    return exp(sum(logs) / len(logs)) if logs else 1.0
-
-
-def explained(outcome: Outcome, budget: Mapping[Unit, float]) -> bool:
-    """Whether the candidate is as near to a run as honest noise allows, at every unit."""
-    fits = all(value <= budget[unit] for unit, value in outcome.errors.items())
-    return outcome.whole and bool(outcome.errors) and fits
-
-
-def divergence(outcome: Outcome, judge: Judge) -> Unit | None:
-    """The first unit, in the order of execution, that is beyond the budget."""
-    wrong = [unit for unit, value in outcome.errors.items() if value > judge.budget[unit]]
-    return min(wrong, key=judge.order.__getitem__, default=None)
-
-
-def evidence(trial: Trial, plain: Outcome, judge: Judge) -> tuple[float, float]:
-    """The error before and after a mutation, over the units that its run came to."""
-    after = trial.outcome.ratios(judge.budget)
-    before = plain.ratios(judge.budget)
-    return score(before[unit] for unit in after if unit in before), score(after.values())
-
-
-def rank(trial: Trial, judge: Judge) -> tuple[float, ...]:
-    """What sorts trials: those that explain, then those that diverge later, then by error."""
-    first = divergence(trial.outcome, judge)
-    later = len(judge.order) if first is None else judge.order[first]
-    return -later, not trial.outcome.whole, score(trial.outcome.ratios(judge.budget).values())
-
-
-def likeliest(trials: Sequence[Trial], budget: Mapping[Unit, float]) -> list[Trial]:
-    """Of trials that explain the nearest ones, the table's order among those alike in that."""
-
-    def nearness(trial: Trial) -> float:
-        ratios = trial.outcome.ratios(budget).values()
-        return sum(log(max(ratio, 1e-3)) for ratio in ratios) / len(ratios)
-
-    best = min(map(nearness, trials))
-    alike = [trial for trial in trials if nearness(trial) <= best + log(2)]
-    return alike + [trial for trial in trials if trial not in alike]
-
 
 # ---- sweeps --------------------------------------------------------------------------------------
 
@@ -191,19 +43,18 @@ def likeliest(trials: Sequence[Trial], budget: Mapping[Unit, float]) -> list[Tri
 def sweep(
     judge: Judge, run: Setting, known: Outcome, mutations: Iterable[Mutation]
 ) -> Iterator[Trial]:
-    """A trial of every form of every mutation of a run, whose own outcome is known.
-
-    What does not come further than that run is of no interest, unless it may yet be seen that the
-    rounding of 16 bits is another one.
-    """
-    first, last = divergence(known, judge), len(judge.order)
-    if first is not None:
-        last = judge.order[first]
-    elif not explained(known, judge.fine):
-        last = -1
+    """A trial of every form of every mutation of a run, whose own outcome is known."""
+    nothing_wrong = explained(known, judge.budget)  # then one visible form of each tells enough
     for mutation in mutations:
+        seen = False
         for where, setting in forms(mutation, run):
-            yield Trial(mutation.id, where, setting, judge.outcome(setting, last))
+            if nothing_wrong and seen:
+                break
+            if setting.called != setting.order and seen and not judge.candidate.layered:
+                continue  # the same run, its layers called otherwise
+            outcome = judge.outcome(setting, known, seen)
+            seen = seen or outcome.visible
+            yield Trial(mutation.id, where, setting, outcome)
 
 
 def forms(mutation: Mutation, run: Setting) -> Iterator[tuple[str, Setting]]:
@@ -225,9 +76,8 @@ def pairs(judge: Judge, plain: Outcome, trials: Sequence[Trial]) -> Iterator[Tri
     helping = sorted((t for t in trials if helps(t, plain, judge)), key=lambda t: rank(t, judge))
     known = table()
     others = [known[id] for id in dict.fromkeys(trial.id for trial in helping)][: 2 * PAIRED_WITH]
-    inner = any(name.startswith("layers.") for _, name in plain.errors)
     for one in helping[:PAIRED_WITH]:
-        wanted = known.values() if inner else others
+        wanted = known.values() if judge.candidate.layered else others
         for two in sweep(judge, one.setting, one.outcome, (m for m in wanted if m.id != one.id)):
             where = ", ".join(filter(None, (one.where, two.where)))
             yield Trial(f"{one.id}+{two.id}", where, two.setting, two.outcome)
@@ -246,20 +96,15 @@ def helps(trial: Trial, plain: Outcome, judge: Judge) -> bool:
 
 
 class Diagnosis(NamedTuple):
-    """The result. status: "agrees", "explained" or "unexplained"."""
+    """The result; errors are in units of the budget, 1 for what is within it."""
 
-    status: str
-    verdict: str | None  # an id, or "a+b"; None unless explained
-    where: str  # which form of it
-    alike: list[str]  # what explains the candidate as well
-    before: float  # the candidate's error against the unmutated spec, in units of the budget
-    after: float  # the same against the explanation
-    ranked: list[Trial]
-    invisible: list[str]
-    inapplicable: list[str]
-    first_divergence: Unit | None
+    status: str  # "agrees", "explained" or "unexplained"
+    explaining: list[Trial]  # the likeliest first
+    ranked: list[Trial]  # all that change what the candidate holds, the best first
+    invisible: list[str]  # ids of those that do not
+    inapplicable: list[str]  # ids of those that cannot be made of this model and run
+    plain: Outcome  # of the unmutated spec
     judge: Judge
-    plain: Outcome
 
 
 def diagnose(
@@ -277,13 +122,14 @@ def diagnose(
     Raises InputError without ids, and for a candidate that holds no tap.
     """
     base = setting_of(llm, candidate, ids, prefill)
-    judge, plain = chosen(llm, base, candidate, names)
-    trials: list[Trial] = []
-    for mutation in table().values():
-        if progress:
-            progress(mutation.id)
-        trials += sweep(judge, base, plain, [mutation])
-    return concluded(judge, plain, trials)
+    with single_threaded_blas():  # its threads wait longer for each other than they work
+        judge, plain = chosen(llm, base, candidate, names)
+        trials: list[Trial] = []
+        for mutation in table().values():
+            if progress:
+                progress(mutation.id)
+            trials += sweep(judge, base, plain, [mutation])
+        return concluded(judge, plain, trials)
 
 
 def setting_of(
@@ -308,30 +154,37 @@ def chosen(
 ) -> tuple[Judge, Outcome]:
     """The judge of that profile of the candidate's precision to which it is nearest."""
     kind = precision(trace.meta, {n: a for n, a in trace.arrays.items() if n != "embed"})
-    truth = Runner(llm, PROFILES["float64"]).record(base)
+    weights = Weights(llm)
+    truth = Runner(llm, PROFILES["float64"], weights).record(base)
     found = []
-    for profile in profiles(kind.profiles):
-        runner = Runner(llm, profile)
-        judge = Judge(runner, base, runner.record(base))
-        judge.measure(truth)
-        judge.candidate = aligned(judge, trace, names)
+    for name in kind.profiles:
+        runner = Runner(llm, PROFILES[name], weights)
+        plain = runner.record(base)
+        candidate = aligned(runner, base, plain, trace, names)
+        judge = Judge(runner, base, plain, candidate, truth)
         outcome = judge.outcome(base)
         found.append((score(outcome.ratios(judge.fine).values()), judge, outcome))
     _, judge, outcome = min(found, key=lambda one: one[0])
+    judge.agrees = explained(outcome, judge.wide)
     return judge, outcome
 
 
-def aligned(judge: Judge, trace: Trace, names: Mapping[str, str] | None) -> Candidate:
+def aligned(
+    runner: Runner,
+    base: Setting,
+    plain: Mapping[str, np.ndarray],
+    trace: Trace,
+    names: Mapping[str, str] | None,
+) -> Candidate:
     """The candidate in our dimensions: beside the run whose length is that of its own.
 
     Ids that are a BOS too few or too many are a mistake to be named, so they may be another run's.
     """
-    base = judge.base
     bos = (table()[id].cases(base) for id in ("bos-missing", "bos-doubled"))
     for setting in (base, *(setting for cases in bos for _, setting in cases)):
         if tuple(trace.meta.get("ids", setting.ids)) != setting.ids:
             continue
-        arrays = judge.plain if setting is base else judge.runner.record(setting)
+        arrays = plain if setting is base else runner.record(setting)
         meta = {"config": base.config.__dict__, "ids": setting.ids}
         found = align(Trace(arrays, meta), trace, near, names)
         candidate = Candidate(found, setting)
@@ -350,36 +203,27 @@ def near(name: str, found: np.ndarray, expected: np.ndarray) -> bool:
 
 def concluded(judge: Judge, plain: Outcome, trials: list[Trial]) -> Diagnosis:
     """The verdict over a sweep; pairs are tried if it comes to none."""
-    agrees = explained(plain, judge.budget)
     seen = [trial for trial in trials if trial.outcome.visible]
-    budget, verdicts = judge.fine, [] if explained(plain, judge.fine) else fitting(seen, judge.fine)
-    if verdicts and agrees and max(plain.ratios(judge.fine).values()) < SURE:
-        verdicts = []
-    if not verdicts and not agrees:
-        budget, verdicts = judge.budget, fitting(seen, judge.budget)
-    if not verdicts and not agrees:
-        trials = trials + [two for two in pairs(judge, plain, trials) if two.outcome.visible]
-        verdicts = fitting(trials[len(seen) :], judge.budget)
-    best = likeliest(verdicts, budget) if verdicts else []
-    before, after = evidence(best[0], plain, judge) if best else (score(plain.ratios(judge.budget).values()),) * 2
+    explaining: list[Trial] = []
+    if max(plain.ratios(judge.budget).values()) > (SURE if judge.agrees else 1):
+        explaining = fitting(seen, judge.budget)
+    if not judge.agrees and not explaining:
+        two = [trial for trial in pairs(judge, plain, seen) if trial.outcome.visible]
+        explaining, seen = fitting(two, judge.budget), seen + two
+    visible = {trial.id for trial in seen}
     ids = dict.fromkeys(trial.id for trial in trials)
-    visible = {trial.id for trial in trials if trial.outcome.visible}
     return Diagnosis(
-        "explained" if best else "agrees" if agrees else "unexplained",
-        best[0].id if best else None,
-        best[0].where if best else "",
-        [trial.id for trial in best[1:] if trial.id != best[0].id],
-        before,
-        after,
-        sorted((t for t in trials if t.outcome.visible), key=lambda t: rank(t, judge)),
+        "explained" if explaining else "agrees" if judge.agrees else "unexplained",
+        explaining,
+        sorted(seen, key=lambda trial: rank(trial, judge)),
         [id for id in ids if id not in visible],
         [id for id in table() if id not in ids],
-        divergence(plain, judge),
-        judge,
         plain,
+        judge,
     )
 
 
 def fitting(trials: Iterable[Trial], budget: Mapping[Unit, float]) -> list[Trial]:
-    """The trials that explain the candidate."""
-    return [trial for trial in trials if explained(trial.outcome, budget)]
+    """The trials that explain the candidate, the likeliest first."""
+    found = [trial for trial in trials if explained(trial.outcome, budget)]
+    return likeliest(found, budget) if found else []

@@ -9,22 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from llama3np.backend import widen
 from llama3np.crosscheck import measure, mutant, taps
-from llama3np.crosscheck.align import Alignment
+from llama3np.crosscheck.align import Aligned, Alignment
 from llama3np.crosscheck.layouts import MASKED
-from llama3np.crosscheck.mutations import Setting
+from llama3np.crosscheck.mutations import Setting, relayered
 from llama3np.crosscheck.recognise import PAIRED
 from llama3np.crosscheck.trace import into, planned
 from llama3np.llm import Llama
-from llama3np.numerics import PROFILES, Profile
-from llama3np.params import mapped, named
+from llama3np.numerics import Profile
+from llama3np.params import Layer, Params, mapped, named
 from llama3np.threads import single_threaded_blas
 
 FACTOR = 3  # times the measured noise: what an honest candidate may be off
@@ -38,43 +39,64 @@ Unit = tuple[int, str]  # which call, which tap
 # ---- running -------------------------------------------------------------------------------------
 
 
-class Runner:
-    """Runs settings in one profile, with the products of an engine."""
+class Weights:
+    """The weights of a model as runs hold them, made once for all profiles of one width.
 
-    def __init__(self, llm: Llama, profile: Profile):
-        self.profile, self.products = profile, llm.engine.ops.linear.products
+    Matrices are widened to float32, which multiplies faster, where there is room for that.
+    """
+
+    def __init__(self, llm: Llama):
         base = named(llm.params, llm.config.tied).values()
         self.roomy = 4 * sum(w.size for w in base) < WIDENED
-        self._known = {id(w): (w, self._prepared(w)) for w in base}
+        self._base = {id(w): w for w in base}
+        self._made: dict[tuple[int, str], Any] = {}
 
-    def _prepared(self, w: Any) -> Any:
-        """A weight as the profile holds it; matrices of 16 bits widened again, to multiply fast."""
-        if self.profile.short:
-            wide = np.asarray(w, dtype=np.float32)
+    def __call__(self, w: Any, profile: Profile) -> Any:
+        """One weight, of the model or of a mutation; only the model's are kept."""
+        key = id(w), profile.dtype if profile.short else ""
+        if key[0] not in self._base:
+            return self._prepared(w, profile)
+        if key not in self._made:
+            self._made[key] = self._prepared(w, profile)
+        return self._made[key]
+
+    def _prepared(self, w: Any, profile: Profile) -> Any:
+        """Rounded to 16 bits, if so; matrices of them are widened again."""
+        if profile.short:
             with np.errstate(over="ignore"):
-                w = wide.astype(self.profile.dtype)
+                w = np.asarray(w, dtype=np.float32).astype(profile.dtype)
         if w.ndim == 2 and self.roomy:
             return np.ascontiguousarray(np.asarray(w, dtype=np.float32))
         return w
 
-    def _weight(self, w: Any) -> Any:
-        found = self._known.get(id(w))
-        return self._prepared(w) if found is None else found[1]
+
+class Runner:
+    """Runs settings in one profile, with the products of an engine."""
+
+    def __init__(self, llm: Llama, profile: Profile, weights: Weights | None = None):
+        self.profile, self.products = profile, llm.engine.ops.linear.products
+        self.weights = Weights(llm) if weights is None else weights
 
     def product(self, x_MD: np.ndarray, w: Any) -> np.ndarray:
         """x_MD @ w.T by the engine."""
         return self.products(x_MD, (w,))[0]
 
-    def backwards(self, x_MD: np.ndarray, w: Any) -> np.ndarray:
-        """The same, its sums in the opposite order."""
-        reversed_w = np.ascontiguousarray(np.asarray(w)[:, ::-1])
-        return self.product(np.ascontiguousarray(x_MD[:, ::-1]), reversed_w)
+    def halves(self, x_MD: np.ndarray, w: Any) -> np.ndarray:
+        """The same, each sum computed as the sum of two halves: rounded otherwise."""
+        w, half = np.asarray(w), x_MD.shape[1] // 2
+        return self.product(x_MD[:, :half], w[:, :half]) + self.product(x_MD[:, half:], w[:, half:])
 
     def run(self, setting: Setting, see: mutant.See, product: Any = None) -> None:
         """mutant.run in this profile."""
-        held = setting._replace(params=mapped(setting.params, self._weight))
+        held = setting._replace(params=self.held(setting.params))
         with single_threaded_blas():
             mutant.run(held, self.profile, product or self.product, see)
+
+    def held(self, params: Params) -> Params:
+        """The weights as this profile holds them; a layer's when it is run."""
+        hold = partial(self.weights, profile=self.profile)
+        rest = mapped(params._replace(layers=()), hold)
+        return relayered(rest, params.layers, lambda layer: Layer(*map(hold, layer)))
 
     def record(self, setting: Setting, product: Any = None) -> dict[str, np.ndarray]:
         """All taps of a run, as in a trace of it."""
@@ -89,7 +111,7 @@ class Runner:
 def calls(setting: Setting) -> list[tuple[int, int]]:
     """First position and end of every call."""
     edges = [0, *range(setting.prefill, len(setting.ids) + 1)]
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def rows(name: str, array: np.ndarray, start: int, stop: int) -> np.ndarray:
@@ -156,8 +178,14 @@ class Candidate:
 
     def __init__(self, alignment: Alignment, setting: Setting):
         self.total = len(setting.ids)  # positions of the candidate's own run
-        self.taps = {name: tap for name, tap in alignment.taps.items() if tap.found is not None}
-        self._readings = {name: list(readings(name, tap.found)) for name, tap in self.taps.items()}
+        self.layered = any(name.startswith("layers.") for name in alignment.taps)
+        done = alignment.recognised.items()
+        self.notes = [f"{', '.join(kinds)}: {what}" for what, kinds in done] + alignment.notes
+        self.taps: dict[str, Aligned] = {}
+        self._readings: dict[str, list[np.ndarray]] = {}
+        for name, tap in alignment.taps.items():
+            if tap.found is not None:
+                self.taps[name], self._readings[name] = tap, list(readings(name, tap.found))
 
     def units(self, setting: Setting) -> Callable[[int, str, np.ndarray], float | None]:
         """error(start, name, array) of a run's units; None for what the candidate does not hold.
@@ -207,8 +235,3 @@ def readings(name: str, found: np.ndarray) -> Iterable[np.ndarray]:
         yield found.reshape(split).swapaxes(-1, -2).reshape(found.shape)
         joined = (*found.shape[:-1], -1, 2)
         yield found.reshape(joined).swapaxes(-1, -2).reshape(found.shape)
-
-
-def profiles(names: Sequence[str]) -> list[Profile]:
-    """The profiles of these names."""
-    return [PROFILES[name] for name in names]

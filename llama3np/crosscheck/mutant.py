@@ -15,7 +15,7 @@ import llama3np.cache
 import llama3np.model
 from llama3np.backend import narrow
 from llama3np.crosscheck.changes import cut_bits
-from llama3np.crosscheck.mutations import Edit, Setting
+from llama3np.crosscheck.mutations import Edit, Setting, relayered
 from llama3np.numerics import Profile
 
 SOURCES = {"model": llama3np.model, "cache": llama3np.cache}
@@ -73,8 +73,9 @@ def cut(array: Any, like: Any) -> Any:
 def run(setting: Setting, profile: Profile, product: Product | None, see: See) -> None:
     """Run the ids: the prefill in one call, the others one at a time; show every tap of every call.
 
-    product: x_MD @ w.T in place of the spec's own, which is slow, or None. see(start, name, array) is shown arrays of one
-    sequence, without a B axis, of the positions from start on; it may raise, to end the run.
+    product: x_MD @ w.T in place of the spec's own, which is slow, or None. see(start, name, array)
+    is shown arrays of one sequence, without a B axis, of the positions from start on; it may raise,
+    to end the run.
     """
     model, cache = (compiled(name, setting.edits) for name in SOURCES)
     params, config = layers_in_order(setting)
@@ -100,9 +101,9 @@ def layers_in_order(setting: Setting) -> tuple[Any, Any]:
     """Params and config of the layers that run, in their order."""
     if setting.order is None:
         return setting.params, setting.config
-    layers = tuple(setting.params.layers[i] for i in setting.order)
-    config = replace(setting.config, n_layers=len(layers))
-    return setting.params._replace(layers=layers), config
+    config = replace(setting.config, n_layers=len(setting.order))
+    layers = setting.params.layers
+    return relayered(setting.params, setting.order, lambda i: layers[i]), config
 
 
 def named_tap(setting: Setting, see: Callable[[str, np.ndarray], None]) -> Any:
