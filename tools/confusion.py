@@ -109,11 +109,12 @@ def result_of(llm: llama3np.Llama, file: Path, wanted: list[int]) -> Result:
     ran, prefill = trace.meta["ids"], trace.meta["prefill"]
     ids = ran if mistake.startswith("right-") else wanted
     found = diagnose(llm, trace, ids, len(ids) if prefill == len(ran) else prefill)
-    ranked = list(dict.fromkeys(trial.id for trial in found.ranked))
+    ranked = list(dict.fromkeys(trial.id for trial in (*found.explaining, *found.ranked)))
+    named, *alike = dict.fromkeys(trial.id for trial in found.explaining) or [None]
     return Result(
-        mistake, form, model, part, found.status, found.verdict,
+        mistake, form, model, part, found.status, named,
         ranked.index(mistake) + 1 if mistake in ranked else 0,
-        found.alike, mistake in found.invisible,
+        alike, mistake in found.invisible,
     )  # fmt: skip
 
 

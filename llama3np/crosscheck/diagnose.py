@@ -8,6 +8,7 @@ that the damage which a mistake does downstream is no evidence for or against an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from llama3np.crosscheck import mutant
 from llama3np.crosscheck.align import align
 from llama3np.crosscheck.allowance import precision
-from llama3np.crosscheck.evidence import Candidate, Runner, Unit, Weights, error
+from llama3np.crosscheck.evidence import Candidate, Runner, Weights, error
 from llama3np.crosscheck.judge import (
     Judge,
     Outcome,
@@ -35,6 +36,7 @@ from llama3np.numerics import PROFILES
 from llama3np.threads import single_threaded_blas
 
 PAIRED_WITH = 4  # of the mutations that help, so many are tried together with others
+NEARLY = 30  # times the budget: no further off may a run be that is only noisier
 SURE = 3  # times the finer budget: what the spec must be off before a 16-bit mistake is believed
 
 # ---- sweeps --------------------------------------------------------------------------------------
@@ -206,10 +208,10 @@ def concluded(judge: Judge, plain: Outcome, trials: list[Trial]) -> Diagnosis:
     seen = [trial for trial in trials if trial.outcome.visible]
     explaining: list[Trial] = []
     if max(plain.ratios(judge.budget).values()) > (SURE if judge.agrees else 1):
-        explaining = fitting(seen, judge.budget)
+        explaining = fitting(seen, judge) or noisier(seen, judge)
     if not judge.agrees and not explaining:
         two = [trial for trial in pairs(judge, plain, seen) if trial.outcome.visible]
-        explaining, seen = fitting(two, judge.budget), seen + two
+        explaining, seen = fitting(two, judge), seen + two
     visible = {trial.id for trial in seen}
     ids = dict.fromkeys(trial.id for trial in trials)
     return Diagnosis(
@@ -223,7 +225,22 @@ def concluded(judge: Judge, plain: Outcome, trials: list[Trial]) -> Diagnosis:
     )
 
 
-def fitting(trials: Iterable[Trial], budget: Mapping[Unit, float]) -> list[Trial]:
+def fitting(trials: Iterable[Trial], judge: Judge) -> list[Trial]:
     """The trials that explain the candidate, the likeliest first."""
-    found = [trial for trial in trials if explained(trial.outcome, budget)]
-    return likeliest(found, budget) if found else []
+    found = [trial for trial in trials if explained(trial.outcome, judge.budget)]
+    return likeliest(found, judge.budget) if found else []
+
+
+def noisier(trials: Iterable[Trial], judge: Judge) -> list[Trial]:
+    """The nearest trial, if it explains the candidate by the noise of its own run."""
+    nearly = [
+        trial
+        for trial in trials
+        if trial.outcome.whole
+        and trial.setting.order is None
+        and len(trial.setting.ids) == len(judge.base.ids)
+        and max(trial.outcome.ratios(judge.budget).values(), default=inf) < NEARLY
+    ]
+    best = min(nearly, key=lambda trial: rank(trial, judge)[-1], default=None)
+    fits = best is not None and explained(best.outcome, judge.allowed(best.setting))
+    return [best] if fits and best else []

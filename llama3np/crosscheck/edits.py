@@ -151,12 +151,13 @@ def slots(what: str) -> tuple[Edit, ...]:
     return (Edit(SLOTS, new, "cache"),)
 
 
-def misplaced(what: str):
-    """A form for each run that has decode steps; {prefill} is where they begin."""
+def misplaced(what: str, **others: str):
+    """A form or several for each run that has decode steps; {prefill} is where they begin."""
 
     def cases(run: Setting) -> Iterator[Case]:
-        if run.prefill < len(run.ids):
-            yield "", run.edited(*slots(what.format(prefill=run.prefill)))
+        for form, places in {"": what, **others}.items():
+            if run.prefill < len(run.ids):
+                yield form, run.edited(*slots(places.format(prefill=run.prefill)))
 
     return cases
 
@@ -239,7 +240,11 @@ ATTENTION = (
     Mutation(
         "cache-hole",
         "Decode steps write one slot too late: the slot after the prompt stays zero, and is seen",
-        misplaced("positions_BT + (positions_BT >= {prefill})"),
+        misplaced(
+            "positions_BT + (positions_BT >= {prefill})",
+            # Only the first one is lost: it goes to the last slot of all, which nobody sees.
+            once="np.where(positions_BT == {prefill}, self.max_seq_len - 1, positions_BT)",
+        ),
     ),
     Mutation(
         "cache-overwritten",

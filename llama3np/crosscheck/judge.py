@@ -86,6 +86,12 @@ class Judge:
         if self.runner.profile.short:
             self.fine = tolerances(noise(self.base, self.plain, (other,)), dtype, FLIPS)
 
+    def allowed(self, setting: Setting) -> dict[Unit, float]:
+        """The budget of another run: a mistake may make noise grow that the right spec dampens."""
+        one, other = (self.runner.record(setting, p) for p in (None, self.runner.halves))
+        own = tolerances(noise(setting, one, (other,)), self.runner.profile.dtype, 0)
+        return {unit: max(most, own.get(unit, 0)) for unit, most in self.budget.items()}
+
     def outcome(
         self, setting: Setting, known: Outcome | None = None, seen: bool = False
     ) -> Outcome:

@@ -208,9 +208,7 @@ def _untold(options: list[Reading], fits: list[list[Fit]], halves: bool | None) 
     What is nearest says nothing of shapes then: one that fits by chance may be nearer, and whoever
     looks for the mistake would find none. The tap leaves its allowance in either case.
     """
-    kept = [
-        i for i, o in enumerate(options) if o.heads is None and o.layout == options[0].layout
-    ]
+    kept = [i for i, o in enumerate(options) if o.heads is None and o.layout == options[0].layout]
     alike = [i for i in kept if halves is None or options[i].halves == halves]
     return options[min(alike or kept, key=lambda i: fits[i][0].nmse)]
 
