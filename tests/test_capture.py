@@ -18,8 +18,10 @@ from hypothesis.extra import numpy as arrays
 from paths import REPOSITORY
 from strategies import runs
 
+from llama3np.config import Config
 from llama3np.crosscheck import files, schemes, trace
 from llama3np.llm import Llama
+from llama3np.params import random
 
 CAPTURE = REPOSITORY / "tools" / "capture"
 C_COMPILER = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
@@ -126,18 +128,24 @@ def test_the_header_counts_what_it_could_not_write(header, tmp_path):
 
 
 @needs_c
-def test_the_example_in_c_compiles_strictly_and_is_read(tmp_path):
-    program, out = tmp_path / "example", tmp_path / "candidate"
-    out.mkdir()
-    command = [C_COMPILER, *STRICT, str(CAPTURE / "capture_example.c"), "-o", str(program)]
-    subprocess.run(command, check=True)
-    subprocess.run([program, out], check=True)
-    found = files.read(out)
-    assert found.meta == {"ids": [1, 0], "implementation": "C"}
-    assert {name: array.shape for name, array in found.arrays.items()} == {
-        "embed": (2, 3),
-        "logits": (2, 4),
-    }
+@pytest.mark.parametrize("theta", ["10000", "500000"])
+def test_the_unit_in_c_agrees_with_the_reference_it_was_fed_from(tmp_path, theta):
+    """Of another theta it diverges, where positions are not 0."""
+    config = Config(
+        dim=12, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=6, ffn_dim=8, vocab_size=20
+    )
+    llm = Llama(config, random(config, np.random.default_rng(0)), engine="numpy", threads=1)
+    trace.write(tmp_path / "raw", llm, [3, 1, 4, 1, 5])
+    command = [C_COMPILER, *STRICT, str(CAPTURE / "rope_unit.c"), "-o", "unit", "-lm"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    (tmp_path / "out").mkdir()
+    subprocess.run(["./unit", "raw", "5", "4", "6", theta, "out"], cwd=tmp_path, check=True)
+    found = files.read(tmp_path / "out")
+    assert found.meta == {"implementation": "rope_unit.c", "dtype": "float32"}
+    expected_TNH = files.read(tmp_path / "raw").arrays["layers.0.q_rope"]
+    error_TNH = abs(found.arrays["layers.0.q_rope"] - expected_TNH)
+    assert error_TNH[0].max() == 0
+    assert (error_TNH.max() < 1e-6) == (theta == "10000")
 
 
 def test_the_header_is_short():

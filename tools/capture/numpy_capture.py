@@ -7,8 +7,8 @@ Copy this file next to your code, call tap(name, array) where a value is made, a
     ...
     save("candidate.npz", ids)
 
-The names are llama3np's (`llama3np trace MODEL --prompt-ids 1 --list` has them), or your own with a
-map. Decoding is several calls with the same names: each adds its rows to those before.
+The names are llama3np's, Hugging Face's, Meta's or llama.cpp's, or your own with a map
+(docs/crosscheck.md). Decoding is several calls with the same names: each adds its rows.
 """
 
 import json
