@@ -98,7 +98,9 @@ def test_independent_readers_read_them(tmp_path):
 
 def test_a_reader_in_c_needs_the_manifest_and_the_raw_files_alone(tmp_path):
     path = write(tmp_path / "t", SMALL)
-    manifest = json.loads((path / "manifest.json").read_text())
+    text = (path / "manifest.json").read_text()
+    manifest = json.loads(text)
+    assert sum(line.startswith('{"name"') for line in text.splitlines()) == len(SMALL)
     assert manifest["metadata"] == META
     assert [item["name"] for item in manifest["arrays"]] == list(SMALL)
     item = manifest["arrays"][1]

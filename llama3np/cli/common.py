@@ -31,11 +31,19 @@ DEFAULT = "default"  # as --temperature: the sampling that the model's files rec
 
 def load_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of loading."""
+    compute_arguments(parser)
+    parser.add_argument("--dtype", default="float32", choices=PROFILES, help="precision profile")
+    parser.add_argument("--max-seq-len", type=int, metavar="N", help="prompt + new tokens at most")
+    parser.add_argument(
+        "--prefill-chunk", type=int, metavar="N", help=f"prompt tokens at a time: {CHUNK}"
+    )
+
+
+def compute_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where and by what it is computed."""
     parser.add_argument(
         "--device", default="cpu", metavar="cpu|cuda[:N]", help="where to compute: cpu if not given"
     )
-    parser.add_argument("--dtype", default="float32", choices=PROFILES, help="precision profile")
-    parser.add_argument("--max-seq-len", type=int, metavar="N", help="prompt + new tokens at most")
     parser.add_argument(
         "--engine",
         choices=(*ENGINES, *CUDA_ENGINES),
@@ -43,9 +51,6 @@ def load_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, metavar="N", help="the physical cores if not given")
     parser.add_argument("--kv-dtype", choices=KV_DTYPES, help="of cached keys and values: f32")
-    parser.add_argument(
-        "--prefill-chunk", type=int, metavar="N", help=f"prompt tokens at a time: {CHUNK}"
-    )
     rope_argument(parser)
 
 
@@ -175,15 +180,16 @@ def plan_printed(device: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress_bar(doing: str = "loading") -> Iterator[Any]:
+def progress_bar(doing: str = "loading", of_bytes: bool = True) -> Iterator[Any]:
     """Yield progress(done, total, name): a bar on a terminal, None into a pipe."""
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
 
-    columns = (TextColumn(doing), BarColumn(), DownloadColumn(), TextColumn("{task.fields[n]}"))
+    amount = DownloadColumn() if of_bytes else MofNCompleteColumn()
+    columns = (TextColumn(doing), BarColumn(), amount, TextColumn("{task.fields[n]}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", n="")
         yield lambda done, total, name: bar.update(task, completed=done, total=total, n=name)

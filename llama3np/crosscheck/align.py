@@ -1,4 +1,4 @@
-"""Bring another implementation's arrays into our names, shapes and orders, and say what was done."""
+"""Bring another implementation's arrays into our names, shapes and orders; say what was done."""
 
 from __future__ import annotations
 

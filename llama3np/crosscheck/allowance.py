@@ -48,6 +48,9 @@ class Allowed(NamedTuple):
     nmse: float
 
 
+NOTHING = Allowed(0, 0)
+
+
 # ---- the candidate's precision -------------------------------------------------------------------
 
 
@@ -121,22 +124,19 @@ class Allowance:
         """
         finite = np.abs(expected[np.isfinite(expected)])
         once = Allowed(self._step * float(finite.max(initial=0)), self._step**2)
-        far, own = self._largest(self._candidate, name, once), self._largest(self._own, name)
+        far, own = largest(self._candidate, name, once), largest(self._own, name, NOTHING)
         root = self.factor * far.nmse**0.5 + own.nmse**0.5
         return Allowed(self.factor * far.max_abs + own.max_abs, root**2)
 
-    @staticmethod
-    def _largest(
-        budgets: list[Mapping[str, Mapping[str, float]]], name: str, least: Allowed = Allowed(0, 0)
-    ) -> Allowed:
-        if any(name not in budget for budget in budgets):
-            raise InputError(f"budget: expected a measured error of {name!r}, found none")
-        errors = [Allowed(budget[name]["max_abs"], budget[name]["nmse"]) for budget in budgets]
-        if not all(np.isfinite(error).all() for error in errors):
-            raise InputError(
-                f"budget: the profile itself overflows at {name!r}: choose another one"
-            )
-        return Allowed(*map(max, zip(least, *errors, strict=True)))
+
+def largest(budgets: list[Mapping[str, Mapping[str, float]]], name: str, least: Allowed) -> Allowed:
+    """The largest measured error of a tap. Raises InputError without one, and for an overflow."""
+    if any(name not in budget for budget in budgets):
+        raise InputError(f"budget: expected a measured error of {name!r}, found none")
+    errors = [Allowed(budget[name]["max_abs"], budget[name]["nmse"]) for budget in budgets]
+    if not all(np.isfinite(error).all() for error in errors):
+        raise InputError(f"budget: the profile itself overflows at {name!r}: choose another one")
+    return Allowed(*(float(max(each)) for each in zip(least, *errors, strict=True)))
 
 
 def beyond(found: np.ndarray, expected: np.ndarray, allowed: Allowed) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +43,8 @@ class Row(NamedTuple):
     kl: tuple[float, float] | None = None  # mean and largest over the positions, of logits
 
 
-class Divergence(NamedTuple):
+@dataclass(frozen=True)
+class Divergence:
     """Where a tap leaves its budget: its first position that does, and the worst number there."""
 
     tap: str

@@ -8,9 +8,9 @@ and may be left out.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import NamedTuple
 
 import numpy as np
 
@@ -33,7 +33,8 @@ ORDERS = {
 }
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True)
+class Layout:
     """One way to read an array as a tap of ours."""
 
     dims: str  # the tap's own
@@ -77,11 +78,11 @@ class Layout(NamedTuple):
     def _size(self, letters: str) -> int:
         return prod(self.sizes[letter] for letter in letters)
 
-    def read(self, array: np.ndarray) -> np.ndarray | None:
+    def read(self, array: np.ndarray, raw: bool = False) -> np.ndarray | None:
         """The array in our dimensions, a view where there is one; None if it cannot be that.
 
         It cannot if keys that are said to be repeated differ, or if there is weight on keys beyond
-        the last position.
+        the last position; raw scores, which no mask has seen, may hold anything there.
         """
         sizes = {**self.sizes, "T": self.count(array.shape) or 0}
         letters, wanted = "".join(self.axes), self.dims.replace("N", "KG")
@@ -95,7 +96,7 @@ class Layout(NamedTuple):
         if "S" not in self.dims or full.shape[-1] == self.keys:
             return full
         beyond = full[..., self.keys :]
-        return full[..., : self.keys] if hidden(beyond).all() else None
+        return full[..., : self.keys] if raw or hidden(beyond).all() else None
 
     def changes(self, shape: tuple[int, ...]) -> list[str]:
         """What is read differently from ours, in words."""
@@ -120,8 +121,8 @@ def layouts(dims: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Iter
     longer = sorted({size for size in shape if size > keys}) if "S" in dims else []
     for back_to_front, S, word in product((False, True), (keys, *longer), LAYOUTS[dims]):
         layout = Layout(dims, word, back_to_front, {**sizes, "S": S}, keys)
-        pointless = back_to_front and (word[-1] == "T" or len(shape) < 2)
-        if not pointless and layout.count(shape) is not None:
+        in_order = word.rstrip(")")[-1] == dims[-1] and len(shape) > 1
+        if (in_order or not back_to_front) and layout.count(shape) is not None:
             yield layout
 
 

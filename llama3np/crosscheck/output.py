@@ -109,12 +109,12 @@ def _new_directory(path: Path, specs: Mapping[str, Spec], meta: str) -> Iterator
         {"name": name, "file": file_of[name], "shape": spec.shape, "dtype": code[spec.dtype]}
         for name, spec in specs.items()
     ]
-    manifest = {"format": FORMAT, "metadata": json.loads(meta), "arrays": items}
     with new_directory(path) as temporary:
         arrays: dict[str, np.ndarray] = {}
         for name, spec in specs.items():
             with (temporary / file_of[name]).open("w+b") as file:
                 arrays |= _views(file, {name: spec}, 0)
         yield arrays
-        text = json.dumps(manifest, indent=1) + "\n"
+        lines = ",\n".join(map(json.dumps, items))  # one a line: some readers have no JSON
+        text = f'{{"format": "{FORMAT}", "metadata": {meta},\n"arrays": [\n{lines}\n]}}\n'
         (temporary / MANIFEST).write_text(text, encoding="utf-8")

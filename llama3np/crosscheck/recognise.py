@@ -1,10 +1,10 @@
 """Which reading of an array is meant: what its shape leaves open, its values tell.
 
 A tap may be kept in another shape (layouts.py), with its RoPE pairs in halves, or with its heads in
-another order. A reading tells in a layer if it brings the array within its allowance, or a hundred
-times nearer than another one does. One reading is taken in all layers: that which tells wherever
-any of them does, so that a mistake in some of the layers is not taken for a way to store numbers.
-A rearrangement that is itself the mistake shows in the next tap.
+another order. A reading tells in a layer if it brings the array within its allowance, or, where
+none does, a hundred times nearer than another one. One reading is taken in all layers: that which
+tells wherever any of them does, so that a mistake in some of the layers is not taken for a way to
+store numbers. A rearrangement that is itself the mistake shows in the next tap.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def apply(reading: Reading, case: Case, frame: Frame) -> Pair | None:
     layout = reading.layout
     count = layout.count(case.array.shape)
     rows = None if count is None else frame.positions.rows(count)
-    ours = layout.read(case.array) if rows else None
+    ours = layout.read(case.array, case.raw) if rows else None
     if rows is None or ours is None:
         return None
     axis = layout.dims.index("T")
@@ -191,11 +191,15 @@ def fit(reading: Reading, case: Case, frame: Frame) -> Fit:
 
 
 def told(fits: Sequence[Sequence[Fit]]) -> np.ndarray:
-    """Whether each reading tells in each layer, as (readings, layers)."""
+    """Whether each reading tells in each layer, as (readings, layers).
+
+    Where none is within its allowance, those that are much nearer than another. The errors of wrong
+    readings count as 1 at most: numbers that fill masked places may stand anywhere in them.
+    """
     nmse = np.array([[each.nmse for each in row] for row in fits])
     within = np.array([[each.within for each in row] for row in fits])
-    worst = np.where(np.isfinite(nmse), nmse, 0).max(axis=0)
-    return within | (nmse <= NEAR * worst)
+    near = nmse <= NEAR * nmse.max(axis=0).clip(max=1)
+    return np.where(within.any(axis=0), within, near)
 
 
 def _untold(options: list[Reading], fits: list[list[Fit]], halves: bool | None) -> Reading:

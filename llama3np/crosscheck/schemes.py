@@ -156,11 +156,10 @@ def _known(name: str) -> Meaning | None:
 
 
 def _hidden_state(name: str, n_layers: int) -> Meaning | None:
-    """transformers' output_hidden_states: the embedding, each layer but the last, then the norm."""
+    """Transformers' output_hidden_states: the embedding, each layer but the last, then the norm."""
     match = re.fullmatch(r"hidden_states\.(\d+)", name)
-    if not match:
+    if not match or (i := int(match[1])) > n_layers:
         return None
-    i = int(match[1])
     if i in (0, n_layers):
         return Meaning(None, ("embed" if i == 0 else "norm",), "Hugging Face", rank=99)
     return Meaning(i - 1, ("h",), "Hugging Face", rank=99)

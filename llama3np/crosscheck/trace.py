@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from math import inf
 from pathlib import Path
@@ -88,18 +89,22 @@ def run(llm: Llama, ids: Sequence[int], prefill: int | None, tap: Tap) -> None:
     ..., where the model computes (backend.to_host copies it from a device).
     Raises InputError for a prefill that is not in 1..len(ids).
     """
-    for start, stop in _calls(len(ids), prefill):
-        if start == 0:
-            cache = llm.new_cache(1, len(ids))
-        llm.forward(ids[start:stop], cache, lambda name, array, at=start: tap(name, at, array[0]))  # type: ignore[misc]
+    at = calls(len(ids), prefill)
+    cache = llm.new_cache(1, len(ids))
+    for start, stop in at:
+        llm.forward(ids[start:stop], cache, partial(_unbatched, tap, start))
 
 
-def _calls(n_tokens: int, prefill: int | None) -> Iterator[tuple[int, int]]:
+def _unbatched(tap: Tap, start: int, name: str, array_B: Any) -> None:
+    tap(name, start, array_B[0])
+
+
+def calls(n_tokens: int, prefill: int | None) -> list[tuple[int, int]]:
+    """The first and last position (exclusive) of each call. Raises InputError as `run` does."""
     first = n_tokens if prefill is None else prefill
     if not 1 <= first <= n_tokens:
         raise InputError(f"prefill: expected 1 to {n_tokens} tokens, found {prefill}")
-    yield 0, first
-    yield from ((at, at + 1) for at in range(first, n_tokens))
+    return [(0, first), *((at, at + 1) for at in range(first, n_tokens))]
 
 
 def into(out: Mapping[str, np.ndarray], positions: np.ndarray) -> Tap:
