@@ -102,7 +102,10 @@ def representable(array: np.ndarray, dtype: str) -> bool:
 class Allowance:
     """The error that each tap is allowed, of a candidate of some precision."""
 
-    def __init__(self, budgets: Budgets, precision: Precision, reference: str, factor: float):
+    def __init__(
+        self, budgets: Budgets, precision: Precision, reference: str, factor: float = FACTOR
+    ):
+        """reference: the profile of the trace that is compared with."""
         own = () if reference == "float64" else (reference,)
         for profile in (*precision.profiles, *own):
             if profile not in budgets:
@@ -114,7 +117,7 @@ class Allowance:
         self._candidate = [budgets[profile] for profile in precision.profiles]
         self._own = [budgets[profile] for profile in own]
         self._step = float(ml_dtypes.finfo(precision.dtype).eps) / 2
-        self.factor = factor
+        self.precision, self.reference, self.factor = precision, reference, factor
 
     def __call__(self, name: str, expected: np.ndarray) -> Allowed:
         """What a tap may be off from these expected values.
@@ -127,6 +130,13 @@ class Allowance:
         far, own = largest(self._candidate, name, once), largest(self._own, name, NOTHING)
         root = self.factor * far.nmse**0.5 + own.nmse**0.5
         return Allowed(self.factor * far.max_abs + own.max_abs, root**2)
+
+    def within(self, name: str, found: np.ndarray, expected: np.ndarray) -> bool:
+        """Whether no number of a tap leaves its allowance, and all of them together do not."""
+        allowed = self(name, expected)
+        if beyond(found, expected, allowed).any():
+            return False
+        return measure.nmse(found, expected) <= allowed.nmse
 
 
 def largest(budgets: list[Mapping[str, Mapping[str, float]]], name: str, least: Allowed) -> Allowed:
@@ -149,10 +159,3 @@ def beyond(found: np.ndarray, expected: np.ndarray, allowed: Allowed) -> np.ndar
     near = ((error <= allowed.max_abs) & np.isfinite(error)) | (found == expected)
     masked = (expected == -np.inf) & (found <= MASKED)
     return ~(near | masked | ((found != found) & (expected != expected)))
-
-
-def within(found: np.ndarray, expected: np.ndarray, allowed: Allowed) -> bool:
-    """Whether no number leaves the allowance, and all of them together do not."""
-    if beyond(found, expected, allowed).any():
-        return False
-    return measure.nmse(found, expected) <= allowed.nmse
