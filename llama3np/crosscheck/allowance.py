@@ -59,8 +59,7 @@ def precision(
 ) -> Precision:
     """By the profile that the user names, by the candidate's metadata, or by its values.
 
-    Values that are all numbers of a 16-bit type were rounded to it. The embedding is looked at only
-    if there is nothing else: weights may be 16-bit numbers where the arithmetic is not.
+    Values that are all numbers of a 16-bit type were rounded to it.
     Raises InputError for a profile that is none.
     """
     if named is not None:
@@ -75,7 +74,7 @@ def precision(
     told = _ALIASES.get(told, told)
     if told in MATCHING:
         return Precision(told, MATCHING[told], "by its metadata")
-    dtype = _by_values([array for name, array in arrays.items() if name != "embed"])
+    dtype = _by_values(list(arrays.values()))
     return Precision(dtype, MATCHING[dtype], "by its values")
 
 

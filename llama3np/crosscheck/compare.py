@@ -118,9 +118,8 @@ def allowance_of(
 ) -> Allowance:
     """What `compare` allows each tap to be off; raises InputError without a budget for it."""
     n_layers = sizes(reference)["L"]
-    known = {name: m for name in candidate.arrays if (m := meaning(name, n_layers, names))}
-    shown = {name: candidate.arrays[name] for name, m in known.items() if m.kinds != ("embed",)}
-    kind = precision(candidate.meta, shown or candidate.arrays, profile)
+    known = [name for name in candidate.arrays if meaning(name, n_layers, names)]
+    kind = precision(candidate.meta, {name: candidate.arrays[name] for name in known}, profile)
     given = reference.meta.get("budgets", {}) if budgets is None else budgets
     return Allowance(given, kind, str(reference.meta.get("profile", "float32")))
 
