@@ -15,10 +15,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checks import assert_close, assert_same, difference
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from noise import NOISE, ULP32, noise, oracle_taps
-from strategies import STORED, models, padded, ragged_runs, runs, splits, token_ids
+from noise import NOISE, ULP32, noise, oracle_taps, short_noise
+from strategies import SHORT, STORED, models, padded, ragged_runs, runs, splits, token_ids
 
 import llama3np.params
 from llama3np import model as spec
@@ -30,16 +30,19 @@ from llama3np.kernels.engine import ENGINES, engine_class, make_engine
 from llama3np.kernels.ggml import SCALES
 from llama3np.llm import Llama
 from llama3np.load.files import map_file, view
-from llama3np.numerics import profile
+from llama3np.numerics import profile, short_params
 from llama3np.params import from_named, named
 from llama3np.selftest import blocks
 
 engines = st.sampled_from(ENGINES)
 threads = st.integers(1, 3)
+dtypes = st.sampled_from(["float32", *SHORT])
 
 
 def engine_of(model, name, threads=2, dtype="float32"):
-    return make_engine(name, threads, stored(model.params), model.config, profile(dtype))
+    chosen = profile(dtype)
+    params = short_params(model.params, chosen.dtype) if chosen.short else model.params
+    return make_engine(name, threads, stored(params), model.config, chosen)
 
 
 def fed(engine, cache, ids, parts, last_only=False):
@@ -77,6 +80,22 @@ def test_in_float64_an_engine_is_the_oracle(run_of, name, data):
     assert_close(found, oracle_taps(model, ids)["logits"], 1e-10, "logits")
 
 
+@settings(max_examples=30)
+@given(runs(), engines, threads, st.sampled_from(SHORT), st.data())
+def test_in_16_bits_an_engine_is_as_near_the_oracle_as_they_allow(
+    run_of, name, threads, dtype, data
+):
+    """For prefill, decode and all between; the cache holds 16 bits too, logits are widened."""
+    model, ids = run_of
+    engine, cache = engine_of(model, name, threads, dtype), cache_for(model, 1, dtype=dtype)
+    found = fed(engine, cache, ids, data.draw(splits(len(ids))))
+    truth = oracle_taps(model, ids)
+    allowed = short_noise(model, ids, truth, engine.profile.dtype)["logits"]
+    assert found.dtype == np.float32
+    assert {str(array.dtype) for array in (*cache.k, *cache.v)} == {engine.profile.dtype}
+    assert_close(found, truth["logits"], allowed, "logits")
+
+
 @given(ragged_runs(), engines, st.booleans(), st.data())
 def test_rows_of_a_ragged_batch_equal_each_row_alone(run_of, name, last_only, data):
     """To the last bit in a compiled step, which never mixes rows."""
@@ -105,9 +124,9 @@ def test_rows_of_a_ragged_batch_equal_each_row_alone(run_of, name, last_only, da
             break  # rows have parted: their columns are no longer those of ids_BT
 
 
-@given(models(), st.integers(2, 12), engines)
-def test_an_idle_row_changes_nothing_and_is_not_changed(model, extra, name):
-    engine, cache = engine_of(model, name), cache_for(model, 3, 32)
+@given(models(), st.integers(2, 12), engines, dtypes)
+def test_an_idle_row_changes_nothing_and_is_not_changed(model, extra, name, dtype):
+    engine, cache = engine_of(model, name, dtype=dtype), cache_for(model, 3, 32, dtype)
     ids = [i % model.config.vocab_size for i in range(extra)]
     engine.forward([ids, ids, ids], cache)
     before = [k[1].copy() for k in cache.k]
@@ -238,11 +257,16 @@ def test_no_engine_holds_a_widened_matrix(name):
 # ---- the same bits ------------------------------------------------------------------------------
 
 
-@given(runs(min_tokens=2), engines, threads)
-def test_bits_are_the_same_run_after_run(run_of, name, threads):
+@given(runs(min_tokens=2), engines, threads, dtypes)
+def test_bits_are_the_same_run_after_run(run_of, name, threads, dtype):
     model, ids = run_of
     first, second = (
-        fed(engine_of(model, name, threads), cache_for(model, 1), ids, [1] * len(ids))
+        fed(
+            engine_of(model, name, threads, dtype),
+            cache_for(model, 1, dtype=dtype),
+            ids,
+            [1] * len(ids),
+        )
         for _ in range(2)
     )
     assert_same(first, second, "logits")

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from checks import assert_close
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Model, models, ragged_runs, runs
+from noise import oracle_taps, short_noise
+from strategies import SHORT, Model, models, ragged_runs, runs
 
 from llama3np import generate as generation
 from llama3np.cache import new_cache
@@ -15,6 +17,9 @@ from llama3np.errors import InputError
 from llama3np.llm import Llama
 from llama3np.params import random
 from llama3np.sample import GREEDY, Sampling, log_softmax
+
+# What holds to the bit, as both ways feed the same tokens together, holds in 16 bits too.
+dtypes = st.sampled_from(["float64", *SHORT])
 
 
 def llama(model, xp=np, **options):
@@ -53,20 +58,20 @@ def test_a_batch_continues_every_row_as_if_alone(xp, drawn, count, temperature):
             assert completion == llm.generate(rows[row], count, temperature=temperature, seed=5)[0]
 
 
-@given(runs(), st.integers(1, 6), st.data())
-def test_the_first_stop_id_ends_a_row_and_is_its_last_id(xp, run, count, data):
+@given(runs(), st.integers(1, 6), dtypes, st.data())
+def test_the_first_stop_id_ends_a_row_and_is_its_last_id(xp, run, count, dtype, data):
     model, ids = run
-    free = llama(model, xp).generate(ids, count)[0].ids
+    free = llama(model, xp, dtype=dtype).generate(ids, count)[0].ids
     stop = data.draw(st.sampled_from(free))
-    completion = llama(model, xp, stop_ids=[stop]).generate(ids, count)[0]
+    completion = llama(model, xp, dtype=dtype, stop_ids=[stop]).generate(ids, count)[0]
     assert completion.ids == free[: free.index(stop) + 1]
     assert completion.finish_reason == "stop"
 
 
-@given(runs(), st.integers(1, 6), st.integers(0, 99))
-def test_stream_yields_what_generate_returns(xp, run, count, seed):
+@given(runs(), st.integers(1, 6), st.integers(0, 99), dtypes)
+def test_stream_yields_what_generate_returns(xp, run, count, seed, dtype):
     model, ids = run
-    llm = llama(model, xp, stop_ids=[1])
+    llm = llama(model, xp, dtype=dtype, stop_ids=[1])
     options = {"temperature": 1.0, "seed": seed, "logprobs": True}
     steps = list(llm.stream(ids, count, **options))
     (completion,) = llm.generate([ids], count, **options)
@@ -115,6 +120,29 @@ def test_any_chunk_gives_the_same_ids(xp, drawn, chunk, temperature):
     assert tokens(chunk) == tokens(10**6)
 
 
+@settings(max_examples=24)
+@given(ragged_runs(), st.integers(1, 30), st.sampled_from(SHORT))
+def test_in_16_bits_chunks_rows_and_scores_are_as_near_the_oracle_as_they_allow(
+    xp, drawn, chunk, dtype
+):
+    """Prefill in any chunks, ragged rows and the log-probabilities of a text."""
+    model, rows, _ = drawn
+    llm = llama(model, xp, dtype=dtype)
+    chunked = generation.prefill(llm._run, llm.new_cache(len(rows), 9), rows, chunk)
+    together = llm.forward(rows)
+    assert together.dtype == chunked.dtype == np.float32
+    for b, row in enumerate(rows):
+        truth = oracle_taps(model, row)
+        allowed = short_noise(model, row, truth, llm.profile.dtype)["logits"]
+        assert_close(together[b, : len(row)], truth["logits"], allowed, f"row {b}")
+        within = allowed * np.abs(truth["logits"]).max()
+        assert np.abs(chunked[b] - truth["logits"][-1]).max() <= within
+        if len(row) > 1:
+            expected = log_softmax(truth["logits"])[np.arange(len(row) - 1), row[1:]]
+            scores = generation.score(llm._run, llm.new_cache(1, len(row)), row, chunk)
+            assert np.abs(scores - expected).max() <= 2 * within  # a logit, and those it is beside
+
+
 @given(ragged_runs(), st.integers(1, 30))
 def test_a_chunk_has_as_many_tokens_as_it_may_over_all_rows(xp, drawn, chunk):
     model, rows, _ = drawn
@@ -130,11 +158,11 @@ def test_a_chunk_has_as_many_tokens_as_it_may_over_all_rows(xp, drawn, chunk):
     assert shapes == [(len(rows), width) for width in widths]
 
 
-@given(runs(), st.data())
-def test_a_stream_continues_a_cache(xp, run, data):
+@given(runs(), dtypes, st.data())
+def test_a_stream_continues_a_cache(xp, run, dtype, data):
     """Two streams over one cache give what one stream gives."""
     model, ids = run
-    llm = llama(model, xp)
+    llm = llama(model, xp, dtype=dtype)
     whole = [step.id for step in llm.stream(ids, 4)]
     first = data.draw(st.integers(1, 3))
     cache = llm.new_cache(1, len(ids) + 8)
@@ -143,10 +171,10 @@ def test_a_stream_continues_a_cache(xp, run, data):
     assert start + rest == whole
 
 
-@given(models())
-def test_what_is_in_the_cache_counts_for_the_limit(xp, model):
+@given(models(), dtypes)
+def test_what_is_in_the_cache_counts_for_the_limit(xp, model, dtype):
     """The room is the cache's, not the model's, and what it holds is used up."""
-    llm = llama(model, xp, max_seq_len=4)
+    llm = llama(model, xp, dtype=dtype, max_seq_len=4)
     cache = llm.new_cache(1, 9)
     llm.forward([0] * 5, cache)
     with pytest.raises(InputError, match=r"7 tokens.* 3 .*max_seq_len 9"):
