@@ -27,9 +27,9 @@ COMMANDS = {
     "bench": "measure speed, beside the limits of this machine and other programs",
     "trace": "write every intermediate result of a run, to check another implementation with",
     "compare": "find the first operation in which another implementation's trace goes wrong",
+    "diagnose": "say which mistake explains another implementation's trace",
     "score": "perplexity of a text, and how far from another model's predictions",
     "convert": "write a checkpoint in another format: Hugging Face, Meta, GGUF",
-    "diagnose": "say which mistake explains another implementation's trace",
     "verify": "compare a checkpoint with what is publicly known of its model",
     "selftest": "check this installation on this processor or GPU, and write a report",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from math import isfinite
 from typing import Any
 
@@ -104,7 +105,7 @@ def place(unit: Unit, judge: Judge) -> dict[str, Any]:
     finite = np.abs(part.expected[np.isfinite(part.expected)]).astype(np.float64)
     most = judge.budget[unit] * float(finite.max(initial=0))
     found = locate(part, lambda *_: Allowed(most, judge.budget[unit] ** 2))  # type: ignore[arg-type]
-    numbers = found._asdict() | {"call": call}
+    numbers = asdict(found) | {"call": call}
     return {key: json_number(value) for key, value in numbers.items()}
 
 

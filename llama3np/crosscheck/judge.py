@@ -116,7 +116,7 @@ class Judge:
         """
         steps = enumerate(setting.order or ())
         shared = next((step for step, layer in steps if step != layer), 0)
-        same = setting.params is self.base.params and setting.edits == self.base.edits
+        same = all(a is b for a, b in zip(setting[:-2], self.base[:-2], strict=True))  # but order
         if known is None or not (shared and same and known.whole):
             return setting
         T = len(setting.ids)
