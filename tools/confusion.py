@@ -35,8 +35,11 @@ TEXTS = (
     "Tom said: it is my red ball!",
     "One day a cat saw 3 birds, and they were happy to see the cat and the moon.",
 )
+LONGER = (" ".join(TEXTS[:2]), " ".join(TEXTS[2:]))
+SHORT_FIRST = (*TEXTS[2:], *TEXTS[:2])  # what is fed with mistakes is the first one
 MADE_UP = [7, 3, 200, 41, 5, 99, 180, 12, 255, 64, 33, 3, 77, 101, 9, 222]  # ids of no text
 PARTS = ("full", "logits")
+JOB = "job.json"  # there once all traces are
 
 
 class Result(NamedTuple):
@@ -63,13 +66,14 @@ class Result(NamedTuple):
 
 def make_job(shared: Path, out: Path, only: list[str]) -> dict[str, Any]:
     """What the other Python is told: models, prompts, and where to write."""
+    out.mkdir(parents=True, exist_ok=True)
     smollm2 = out / "smollm2"
     convert(resolve("smollm2"), str(smollm2), "hf", "f32")
     stories = llama3np.load(shared / "data" / "stories260K.bin").tokenizer
     smol = llama3np.load("smollm2").tokenizer
     prompts = {
         "stories260k": [stories.with_bos(stories.encode(text)) for text in (*TEXTS, *LONGER)],
-        "smollm2": [[1, *smol.encode(text)] for text in TEXTS[2:]],  # 1: its <|im_start|>
+        "smollm2": [smol.with_bos(smol.encode(text)) for text in SHORT_FIRST],
         "made-up-8": [MADE_UP],
         "made-up-32": [MADE_UP],
     }
@@ -77,16 +81,14 @@ def make_job(shared: Path, out: Path, only: list[str]) -> dict[str, Any]:
     return {"models": models, "prompts": prompts, "out": str(out), "only": only}
 
 
-LONGER = (" ".join(TEXTS[:2]), " ".join(TEXTS[2:]))
-
-
 def inject(peers: str, job: dict[str, Any]) -> None:
-    """Let the other Python write the candidates' traces."""
-    file = Path(job["out"]) / "job.json"
-    file.write_text(json.dumps(job))
+    """Let the other Python write the candidates' traces; the job's file is there when they are."""
+    part = Path(job["out"]) / f"{JOB}.part"
+    part.write_text(json.dumps(job))
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tools"), "TQDM_DISABLE": "1"}
-    command = [peers, "-m", "injections.run", str(file)]
+    command = [peers, "-m", "injections.run", str(part)]
     subprocess.run(command, env=environment, check=True, stdout=sys.stderr)
+    part.rename(part.with_name(JOB))
 
 
 def results(job: dict[str, Any]) -> Iterator[Result]:
@@ -200,13 +202,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", required=True, help="a Python with torch and transformers")
     parser.add_argument("--shared", type=Path, default=os.environ.get("LLAMA3NP_SHARED"))
+    parser.add_argument("--keep", type=Path, help="a folder: traces that are there are not remade")
     parser.add_argument("--only", nargs="*", default=[], help="parts of the cases' names")
     args = parser.parse_args()
     shared = Path(args.shared or ROOT.parent / "shared")
-    with tempfile.TemporaryDirectory() as folder:
-        job = make_job(shared, Path(folder), args.only)
-        inject(args.peers, job)
-        found = list(results(job))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.keep or Path(temporary)
+        if not (folder / JOB).exists():
+            inject(args.peers, make_job(shared, folder, args.only))
+        found = list(results(json.loads((folder / JOB).read_text())))
     text = page(found)
     print(text) if args.only else PAGE.write_text(text)
 
