@@ -10,7 +10,7 @@ import numpy as np
 
 from llama3np import selftest
 from llama3np.backend import Device, on, to_host
-from llama3np.kernels.cuda import registry, weights
+from llama3np.kernels.cuda import kernelcheck, registry, weights
 from llama3np.kernels.cuda.launch import compiled
 from llama3np.kernels.cuda.step import RECORDS
 from llama3np.kernels.ggml import decode
@@ -18,29 +18,44 @@ from llama3np.llm import Llama
 
 SHAPES = ((1, 256), (3, 512), (47, 256))  # rows and columns of matrices of blocks
 REPLAYS = 5
+TOLD = 3  # wrong kernels of one kind that a line tells
 
 
 def kernels(device: Device) -> Iterator[tuple[str, str, selftest.Check]]:
-    """Each kernel of the registry, compiled for this device, within its registers and no spill."""
+    """Each kernel of the registry: within its registers, no spill, and its numbers right."""
     every = list(dict.fromkeys(registry.every_kernel()))
     for entry in dict.fromkeys(kernel.entry for kernel in every):
         some = [kernel for kernel in every if kernel.entry == entry]
-        yield "kernels", f"{len(some)} of {entry}", partial(_compile, some, device)
+        yield "kernels", f"{len(some)} of {entry}", partial(_kernels, some, device)
 
 
-def _compile(some: list[registry.Kernel], device: Device) -> str:
-    most = 0
+def _kernels(some: list[registry.Kernel], device: Device) -> str:
+    most, launches, wrong = 0, 0, []
     for kernel in some:
-        with on(device):
-            built = compiled(kernel)
-            registers, local = built.num_regs, built.local_size_bytes
-        if registers > kernel.registers or local:
-            raise selftest.MismatchError(
-                f"{kernel.name}: {registers} registers ({kernel.registers} allowed), {local} bytes "
-                "of local memory (none allowed)"
-            )
-        most = max(most, registers)
-    return f"compiled; {most} registers at most, no local memory"
+        try:
+            with on(device):
+                most = max(most, _compiled(kernel))
+                launches += kernelcheck.check(kernel)
+        except selftest.MismatchError as error:
+            wrong.append(str(error))
+        except Exception as error:  # the others may still tell something
+            wrong.append(f"{kernel.name}: {type(error).__name__}: {error}")
+    if wrong:
+        told = "; ".join(wrong[:TOLD])
+        raise selftest.MismatchError(f"{len(wrong)} of {len(some)} are wrong: {told}")
+    return f"right in {launches} launches; {most} registers at most, no local memory"
+
+
+def _compiled(kernel: registry.Kernel) -> int:
+    """The registers of a kernel, built for this device."""
+    built = compiled(kernel)
+    registers, local = built.num_regs, built.local_size_bytes
+    if registers > kernel.registers or local:
+        raise selftest.MismatchError(
+            f"{kernel.name}: {registers} registers ({kernel.registers} allowed), {local} bytes "
+            "of local memory (none allowed)"
+        )
+    return registers
 
 
 def rows(device: Device) -> Iterator[tuple[str, str, selftest.Check]]:
