@@ -93,30 +93,36 @@ def generate(
     rows are not touched by that. The last token of a row has been chosen but not fed. The prompts
     are fed in chunks of that many tokens, all rows together.
     greedy: an engine's own way to choose, taken at temperature 0 while all rows run, up to `ahead`
-    tokens at a time.
+    tokens at a time. Of those that nobody asks for, nothing stays in the cache, even if the
+    generator is closed before its end.
     """
     generators = [sampling.generator(row) for row in range(len(prompts))]
     logits_BV = prefill(forward, cache, prompts, chunk)
     engine = _Ahead(greedy if sampling.temperature == 0 else None, cache, ahead)
     running = list(range(len(prompts)))
-    for count in range(1, max_new_tokens + 1):
-        tokens = []
-        for row in running:
-            id, logprob = engine.chosen(row) or _chosen(logits_BV[row], sampling, generators[row])
-            last = "length" if count == max_new_tokens else None
-            reason = "stop" if id in stop_ids else last
-            tokens.append(Token(row, id, logprob() if logprobs else None, reason))
-        yield tokens
-        running = [token.row for token in tokens if token.finish_reason is None]
-        ids_B, new_B = np.zeros((2, len(prompts)), dtype=np.int64)
-        ids_B[running] = [token.id for token in tokens if token.finish_reason is None]
-        new_B[running] = 1
-        if new_B.all() and engine.feed(ids_B, max_new_tokens - count):
-            continue
+    try:
+        for count in range(1, max_new_tokens + 1):
+            tokens = []
+            for row in running:
+                id, logprob = engine.chosen(row) or _chosen(
+                    logits_BV[row], sampling, generators[row]
+                )
+                last = "length" if count == max_new_tokens else None
+                reason = "stop" if id in stop_ids else last
+                tokens.append(Token(row, id, logprob() if logprobs else None, reason))
+            yield tokens
+            running = [token.row for token in tokens if token.finish_reason is None]
+            ids_B, new_B = np.zeros((2, len(prompts)), dtype=np.int64)
+            ids_B[running] = [token.id for token in tokens if token.finish_reason is None]
+            new_B[running] = 1
+            if new_B.all() and engine.feed(ids_B, max_new_tokens - count):
+                continue
+            engine.forget()
+            if not running:
+                return
+            logits_BV = forward(ids_B[:, None], cache, new_B, True)[:, 0]
+    finally:
         engine.forget()
-        if not running:
-            return
-        logits_BV = forward(ids_B[:, None], cache, new_B, True)[:, 0]
 
 
 Choice = tuple[int, Callable[[], float]]  # an id, and what tells its log-probability
@@ -134,6 +140,7 @@ class _Ahead:
         self._greedy, self._cache, self._most = greedy, cache, most
         self._now: Any = None  # (ids_B, logprobs_B)
         self._more: deque[Any] = deque()
+        self._left_B: Any = None  # the lengths of the cache, as the engine left them
 
     def chosen(self, row: int) -> Choice | None:
         """A row's choice; None if the host must choose."""
@@ -143,18 +150,19 @@ class _Ahead:
         return int(ids_B[row]), lambda: float(logprobs_B[row])
 
     def feed(self, ids_B: np.ndarray, left: int) -> bool:
-        """Go on by one token; False if this engine does not choose."""
+        """Go on by one token; False if this engine does not choose; fewer than n may come."""
         if self._greedy is None:
             return False
         if not self._more:
             found = self._greedy(ids_B, self._cache, min(left, self._most))
             self._more.extend(zip(*found, strict=True))
+            self._left_B = self._cache.lengths_B.copy()
         self._now = self._more.popleft()
         return True
 
     def forget(self) -> None:
-        """Take back what was fed of tokens that nobody will ask for."""
-        if self._more:
+        """Take back what was fed of tokens that nobody will ask for, if the cache is as it was."""
+        if self._more and (self._cache.lengths_B == self._left_B).all():
             self._cache.trim(self._cache.lengths_B - len(self._more))
         self._more.clear()
         self._now = None

@@ -19,15 +19,17 @@ from llama3np.backend import Device
 from llama3np.cache import new_cache
 from llama3np.config import Config
 from llama3np.errors import InputError
+from llama3np.llm import Llama
 from llama3np.numerics import profile
 from llama3np.params import Layer, from_named, named
 from llama3np.sample import log_softmax
 
 cp = pytest.importorskip("cupy")
 
+from llama3np.kernels.cuda import step as step_module  # noqa: E402
 from llama3np.kernels.cuda.engine import CudaEngine  # noqa: E402
 from llama3np.kernels.cuda.registry import FORMATS, STRETCH  # noqa: E402
-from llama3np.kernels.cuda.step import RECORDS  # noqa: E402
+from llama3np.kernels.cuda.step import RECORDS, Step  # noqa: E402
 from llama3np.kernels.cuda.weights import upload  # noqa: E402
 
 pytestmark = [pytest.mark.cuda, pytest.mark.gpu]
@@ -272,6 +274,48 @@ def test_a_step_waits_for_what_was_done_to_its_cache(softcuda):
     softcuda.config(deferred=False)
 
 
+@pytest.mark.parametrize("way", ["forward", "greedy"])
+def test_a_step_that_is_broken_off_is_waited_for(softcuda, monkeypatch, way):
+    """Ctrl-C between the launch and the wait: what was launched has ended when the caller knows."""
+    params, _ = random_params(WIDE, ("F32",), seed=16)
+    engine, cache = engine_of(params, WIDE), cache_of(WIDE, 1)
+    step, run = engine._step(cache), Step._run
+    assert step.buffers.positions_M.get().tolist() == [-1]
+
+    def broken_off(*args, **options):
+        run(*args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Step, "_run", broken_off)
+    softcuda.config(deferred=True)
+    with pytest.raises(KeyboardInterrupt):
+        engine.forward([[5]], cache) if way == "forward" else engine.greedy([5], cache, 2)
+    assert step.buffers.positions_M.get().tolist() == [0 if way == "forward" else 1]
+    softcuda.config(deferred=False)
+    assert cache.lengths_B.tolist() == [0]
+
+
+def test_a_capture_that_is_broken_off_leaves_a_step_that_works(monkeypatch):
+    params, _ = random_params(WIDE, ("F32",), seed=16)
+    engine, cache = engine_of(params, WIDE), cache_of(WIDE, 1)
+    expected = engine.forward([[5]], cache)
+    cache.reset()
+    launches, launch = iter(range(99)), step_module.launch
+
+    def broken_off(*args, **options):
+        if next(launches) == 3:
+            raise KeyboardInterrupt
+        launch(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step_module, "launch", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            engine.forward([[5]], cache)
+    for _ in range(3):
+        assert_same(engine.forward([[5]], cache), expected, "logits")
+        cache.reset()
+
+
 def test_a_step_is_freed_with_its_cache(softcuda):
     params, _ = random_params(WIDE, ("F32",), seed=17)
     engine = engine_of(params, WIDE)
@@ -329,6 +373,29 @@ def test_greedy_says_that_weights_are_damaged():
     params.norm_D[3] = np.nan
     with pytest.raises(InputError, match="the weights are damaged"):
         engine_of(params, config).greedy([1], cache_of(config, 1), 3)
+
+
+def test_damage_beyond_what_is_asked_for_fails_no_answer():
+    """The device looks ahead: its first tokens are good, and only who asks on is told."""
+    config = Config(8, 1, 2, 1, 4, 8, 12, tied=False)
+    params = llama3np.params.random(config, np.random.default_rng(35))
+    ids = engine_of(params, config).greedy([1], cache_of(config, 1), 10)[0][:, 0].tolist()
+    assert len({1, *ids[:4]}) == 5  # no token comes twice before the damaged one has been fed
+    params.embed_VD[ids[2]] = np.nan  # what follows ids[2] is damaged
+    engine, cache = engine_of(params, config), cache_of(config, 1)
+    found, logprobs = engine.greedy([1], cache, 10)
+    assert found[:, 0].tolist() == ids[:3]
+    assert logprobs.shape == (3, 1)
+    assert cache.lengths_B.tolist() == [3]
+    assert all(np.isfinite(array.get()).all() for array in (*cache.k, *cache.v))
+    with pytest.raises(InputError, match="the weights are damaged"):
+        engine.greedy(found[-1], cache, 2)
+    llm = Llama(config, params, device="cuda")
+    for stop in (1, 2):
+        (done,) = llm.generate([[1]], 12, stop_ids=[ids[stop]])
+        assert done.ids == ids[: stop + 1]
+    with pytest.raises(InputError, match="the weights are damaged"):
+        llm.generate([[1]], 12, stop_ids=())
 
 
 def test_greedy_refuses_what_no_step_takes():

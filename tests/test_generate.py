@@ -401,6 +401,22 @@ def test_what_an_engine_chooses_ahead_is_what_the_host_would(prompts, most, stop
     assert runs[0] == runs[1]
 
 
+@given(st.integers(1, 12), st.integers(1, 6), st.booleans())
+def test_what_was_chosen_ahead_of_a_closed_generator_is_forgotten(seen, ahead, touched):
+    """Unless its cache is another's by then."""
+    toy, cache = Toy(), new_cache(TOYS, 2, 32)
+    steps = generation.generate(
+        toy.forward, cache, [[1, 2], [3]], 20, GREEDY, (), greedy=toy.greedy, ahead=ahead
+    )
+    for _ in range(seen):
+        next(steps)
+    if touched:
+        cache.reset()
+    steps.close()
+    fed = [0, 0] if touched else [2 + seen - 1, 1 + seen - 1]
+    assert cache.lengths_B.tolist() == fed
+
+
 @given(st.integers(1, 5))
 def test_an_engine_chooses_only_what_is_asked_for(most):
     """A stream that is left has fed what its reader has seen, if nothing was to be chosen ahead."""

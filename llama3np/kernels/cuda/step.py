@@ -8,8 +8,10 @@ step captures them in a CUDA graph, and from then on a step is one launch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from math import sqrt
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import cupy as cp
 import numpy as np
@@ -21,6 +23,8 @@ from llama3np.kernels.cuda.registry import BATCHES, PARTS, STRETCH, WARPS
 from llama3np.kernels.cuda.weights import aligned, format_of, stored
 from llama3np.model import rope_tables
 from llama3np.params import Layer, Params
+
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 MOST_ROWS = BATCHES[-1]
 RECORDS = 64  # tokens that a greedy run chooses before the host looks at them
@@ -131,6 +135,24 @@ class Pinned:
         self.device = cp.ndarray(shape, dtype, cp.cuda.MemoryPointer(owned, 0))
 
 
+def _ending(method: Call) -> Call:
+    """Make a method of Step wait for the device even if an exception ends it, be it Ctrl-C.
+
+    What still ran would read the orders of the next step, and write to arrays that nobody holds
+    any more.
+    """
+
+    @wraps(method)
+    def waiting(step: Step, *args: Any) -> Any:
+        try:
+            return method(step, *args)
+        except BaseException:
+            step.stream.synchronize()
+            raise
+
+    return cast(Call, waiting)
+
+
 class Step:
     """Steps over the arrays of one cache. One thread at a time.
 
@@ -153,6 +175,7 @@ class Step:
 
     # ---- what a caller does --------------------------------------------------------------------
 
+    @_ending
     def forward(self, tokens_B: np.ndarray, positions_B: np.ndarray) -> np.ndarray:
         """Logits of one token a row, (B, V) on the host; a row of position -1 is left alone."""
         self._order(tokens_B, positions_B)
@@ -161,6 +184,7 @@ class Step:
         self.buffers.logits_MV[: self.B].get(stream=self.stream, out=logits_BV)  # waits for it
         return logits_BV.copy()
 
+    @_ending
     def greedy(
         self, tokens_B: np.ndarray, positions_B: np.ndarray, n: int
     ) -> tuple[np.ndarray, np.ndarray]:
