@@ -96,6 +96,7 @@ def _all(device: Device, path: str | None) -> Iterator[tuple[str, str, Check]]:
     if device.kind == "cuda":
         yield "graph", "replay against single launches", partial(selfcheck.replay, device)
         yield "graph", "greedy tokens against the logits", partial(selfcheck.greedy, device)
+        yield "graph", "drawn tokens against the logits", partial(selfcheck.drawn, device)
     if path is not None:
         for engine in engines:
             yield "model", f"{path}, {engine}", partial(real, path, device, engine)

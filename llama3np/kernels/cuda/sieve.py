@@ -79,7 +79,7 @@ class Sieve:
         found, chosen = found_in(self.copy.host, self.B, self.room), []
         for b, number in enumerate(numbers_B):
             count, peak, total, sum_of_all, before = found.facts_BX[b]
-            if count <= self.room and np.isfinite(sum_of_all):
+            if count <= self.room and np.isfinite(found.facts_BX[b]).all():
                 ids_C, logits_C = (of[b, : int(count)] for of in (found.ids_BC, found.logits_BC))
                 powers_C = powers(logits_C, peak, sampling.temperature)
                 candidates = Candidates(powers_C, total, before)
