@@ -320,7 +320,7 @@ class Llama:
             stops,
             logprobs,
             chunk=self.prefill_chunk,
-            greedy=self.engine.chooser(cache),
+            chooser=self.engine.chooser(cache),
             ahead=ahead,
         )
 

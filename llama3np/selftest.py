@@ -109,6 +109,7 @@ def _all(device: Device, path: str | None) -> Iterator[tuple[str, str, Check]]:
     if device.kind == "cuda":
         yield "graph", "replay against single launches", partial(selfcheck.replay, device)
         yield "graph", "greedy tokens against the logits", partial(selfcheck.greedy, device)
+        yield "graph", "drawn tokens against the logits", partial(selfcheck.drawn, device)
     for engine in engines:
         yield "goldens", f"smollm2, {engine}", partial(golden, device, engine)
     if path is not None:

@@ -6,26 +6,29 @@ import numpy as np
 import pytest
 from checks import assert_same
 from cuda_kernels import random_weight, strict, widths
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import pairings, seeds
 
 from llama3np import model as spec
+from llama3np import sample
 from llama3np.kernels import Joined, ggml
 from llama3np.kernels.half import Half
+from llama3np.sample import Candidates, Sampling, all_ids, powers
 
 cp = pytest.importorskip("cupy")
 
 from llama3np.kernels.cuda import kernelcheck, registry  # noqa: E402
 from llama3np.kernels.cuda.kernelcheck import (  # noqa: E402
     ULP,
+    candidates_of,
     numbers,
     on_device,
     run_attend,
     run_combine,
 )
 from llama3np.kernels.cuda.launch import launch  # noqa: E402
-from llama3np.kernels.cuda.registry import BATCHES, CACHED, FORMATS, STRETCH  # noqa: E402
+from llama3np.kernels.cuda.registry import BATCHES, BINS, CACHED, FORMATS, STRETCH  # noqa: E402
 from llama3np.kernels.cuda.step import pitch_of  # noqa: E402
 from llama3np.kernels.cuda.weights import (  # noqa: E402
     DeviceBlocks,
@@ -439,6 +442,106 @@ def test_pick_and_settle_alone(V, M, parts, seed):
         kernelcheck.settle(registry.token_kernel("settle"), M, parts, rng)
 
 
+# ---- drawing -------------------------------------------------------------------------------------
+
+
+def sieved(logits_MV, parts, wishes_M4, room, **options):
+    """pick, weigh and sift: (facts_M5, ids_MC, logits_MC), unused places as they were: -1 and 7."""
+    M, V = logits_MV.shape
+    with strict(**options):
+        rows = {"logits": cp.asarray(logits_MV), "V": V, "peaks": cp.zeros((M, parts), np.float32)}
+        sums = cp.zeros((M, parts), np.float64)
+        pick, weigh, sift = map(registry.token_kernel, ("pick", "weigh", "sift"))
+        launch(pick, (parts, M), 256, **rows, ids=cp.zeros((M, parts), np.int32), sums=sums)
+        rows["wishes"] = cp.asarray(np.array(wishes_M4, np.float64))
+        rows["powers"] = cp.zeros((M, parts), np.float64)
+        rows["counts"] = cp.full((M, parts, BINS), 7, np.int32)
+        launch(weigh, (parts, M), 256, **rows)
+        found = (
+            cp.zeros((M, 5), np.float64), cp.full((M, room), -1, np.int32),
+            cp.full((M, room), 7, np.float32),
+        )  # fmt: skip
+        into = dict(zip(("facts", "ids", "kept"), found, strict=True))
+        launch(sift, (M,), BINS, **rows, **into, sums=sums, parts=parts, room=room)
+        return [array.get() for array in found]
+
+
+@st.composite
+def drawings(draw):
+    """(logits_MV with ties, flat or peaked, a wish of each row)."""
+    rng, M = np.random.default_rng(draw(seeds)), draw(st.integers(1, 3))
+    V = draw(st.one_of(st.integers(1, 90), st.integers(1, 5000)))
+    spread = draw(st.sampled_from([0.0, 0.1, 3.0, 30.0]))
+    logits_MV = rng.normal(0, spread, (M, V)).astype(np.float32)
+    if draw(st.booleans()):
+        logits_MV = np.round(logits_MV)
+    wishes = []
+    for _ in range(M):
+        k = draw(st.one_of(st.just(0), st.integers(1, 60), st.integers(1, V + 1)))
+        p = draw(st.one_of(st.just(1.0), st.floats(0.01, 0.999)))
+        wishes.append((10 ** draw(st.floats(-3, 1)), k, p, rng.random()))
+    return logits_MV, wishes
+
+
+@given(drawings(), st.integers(1, 40))
+def test_the_device_leaves_the_candidates_of_a_draw(drawing, parts):
+    """Those, ascending, and their logits; and a draw among them is a draw among all."""
+    logits_MV, wishes = drawing
+    room = logits_MV.shape[1] + 2
+    facts_M5, ids_MC, kept_MC = sieved(logits_MV, parts, wishes, room)
+    for m, (temperature, k, p, number) in enumerate(wishes):
+        logits_V, (count, peak, total, sum_of_all, before) = logits_MV[m], facts_M5[m]
+        expected = candidates_of(logits_V, wishes[m], parts)
+        assume(expected is not None)
+        assert ids_MC[m].tolist() == [*expected, *[-1] * (room - len(expected))]
+        unused = [7.0] * (room - len(expected))
+        assert_same(kept_MC[m], np.array([*logits_V[expected], *unused], np.float32), "logits")
+        every, once = all_ids(logits_V, temperature), all_ids(logits_V, 1.0)
+        assert (count, peak) == (len(expected), logits_V.max())
+        assert total == pytest.approx(every.total, rel=1e-12)
+        assert sum_of_all == pytest.approx(once.total, rel=40 * ULP)
+        skipped = 0 if k or p < 1 else every.powers_C[: expected[0]].sum()
+        assert before == pytest.approx(skipped, rel=1e-12)
+        sampling = Sampling(temperature, k, p)
+        powers_C = powers(kept_MC[m, : int(count)], peak, temperature)
+        place = sample.draw(Candidates(powers_C, total, before), sampling, number)
+        assert expected[place] == sample.draw(every, sampling, number)
+
+
+@pytest.mark.parametrize("wish", [(1.0, 40, 1.0, 0.5), (1.0, 0, 0.9, 0.5), (1.0, 0, 1.0, 0.5)])
+def test_candidates_for_which_there_is_no_room_are_counted(wish):
+    logits_MV = np.zeros((1, 3000), np.float32)
+    facts_M5, ids_MC, _ = sieved(logits_MV, 2, [wish], 1499)
+    assert facts_M5[0, 0] == (1500 if wish[1:3] == (0, 1.0) else 3000)
+    assert (ids_MC == -1).all()
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
+def test_the_part_of_an_extreme_number_has_ids_that_may_be_drawn(number):
+    """Neither parts without ids, nor such whose powers are all 0, however sums are rounded."""
+    logits_MV = np.full((1, 33), -1000, np.float32)
+    logits_MV[0, [9, 20]] = 0
+    facts_M5, ids_MC, _ = sieved(logits_MV, 32, [(0.5, 0, 1.0, number)], 33)  # 17 parts of 2 ids
+    assert ids_MC[0, : int(facts_M5[0, 0])].tolist() == ([8, 9] if number == 0 else [20, 21])
+    assert facts_M5[0, 4] == (0 if number == 0 else 1)
+
+
+@pytest.mark.parametrize("wrong", [[0, np.nan], [np.inf, 0], [-np.inf] * 2, [np.nan] * 2])
+@pytest.mark.parametrize("wish", [(1.0, 1, 1.0, 0.5), (1.0, 0, 0.9, 0.5), (1.0, 0, 1.0, 0.5)])
+def test_sums_of_logits_that_are_not_finite_are_no_numbers(wrong, wish):
+    logits_MV = np.tile(np.array(wrong, np.float32), (2, 20))
+    facts_M5, *_ = sieved(logits_MV, 32, [wish] * 2, 40)
+    assert np.isnan(facts_M5[:, 2:4]).all()
+
+
+def test_a_tiny_temperature_leaves_the_largest():
+    """1e-305: what is below the largest is divided to infinity, and its power is 0."""
+    logits_MV = np.array([[0, 3, 1, 3, -1e9]], np.float32)
+    facts_M5, ids_MC, _ = sieved(logits_MV, 2, [(1e-305, 0, 0.9, 0.5)], 5)
+    assert facts_M5[0, :3].tolist() == [2, 3, 2]
+    assert ids_MC[0, :2].tolist() == [1, 3]
+
+
 # ---- schedules -----------------------------------------------------------------------------------
 
 
@@ -459,3 +562,8 @@ def test_bits_do_not_depend_on_the_order_of_threads(cache, V, seed):
     for other in others:
         for name, array in other.items():
             assert_same(array, first[name], name)
+    wishes = [(0.7, seed % 50, 0.9, 0.5), (0.7, 0, 1.0, 0.5)]
+    first, *others = (sieved(logits_MV, 32, wishes, V, sched=s) for s in range(3))
+    for other in others:
+        for array, same, name in zip(other, first, ("facts", "ids", "kept"), strict=True):
+            assert_same(array, same, name)

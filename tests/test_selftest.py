@@ -71,6 +71,7 @@ def broken(monkeypatch, change):
 def test_wrong_logits_fail(few, monkeypatch, change):
     broken(monkeypatch, change)
     found = outcomes(CPU)
+    found = {name: found[name] for name in found if not name.startswith("goldens")}
     numpy = {name: outcome for name, outcome in found.items() if "numpy" in name}
     assert set(numpy.values()) == {selftest.FAIL}
     assert {found[name] for name in found if "numba" in name} == {selftest.PASS}
@@ -327,7 +328,7 @@ def test_a_kernel_with_too_many_registers_fails(few_kernels, monkeypatch):
     greedy = registry.token_kernel("obey")._replace(registers=1)
     monkeypatch.setattr(registry, "every_kernel", lambda: iter([greedy]))
     ((_, _, check),) = selfcheck.kernels(CUDA)
-    with pytest.raises(selftest.MismatchError, match=r"obey: \d+ registers \(1 allowed\)"):
+    with pytest.raises(selftest.MismatchError, match=r"obey BINS=\d+: \d+ registers \(1 allowed\)"):
         check()
 
 
@@ -359,6 +360,8 @@ WRONG_KERNELS = {
     "combine": (None, "last stretch forgotten"),
     "obey": (None, "position ordered of another row"),
     "pick": (None, "last vocabulary id never chosen"),
+    "weigh": (None, "draw: bins of other widths"),
+    "sift": (None, "draw: bins of later warps forgotten"),
     "settle": (None, "idle row goes on"),
     "attend_block": (None, "query sees its successor"),
 }

@@ -19,6 +19,7 @@ from llama3np.kernels.cuda.plain import CupyEngine, out_of_memory
 from llama3np.kernels.cuda.step import MOST_ROWS, RECORDS, Model, Step
 from llama3np.numerics import Profile
 from llama3np.params import Params
+from llama3np.sample import Sampling
 
 
 class CudaEngine(CupyEngine):
@@ -71,15 +72,9 @@ class CudaEngine(CupyEngine):
         tokens. Raises InputError as forward does, for rows beyond 8, and for logits that are not
         finite at the first of the tokens.
         """
-        ids_B1 = host_ids(np.asarray(ids_B)[:, None], self.config.vocab_size)
-        if not self._steps_through(cache, len(ids_B1)):
-            raise InputError(
-                f"greedy: expected float32 and 1 to {MOST_ROWS} rows, found {len(ids_B1)}"
-            )
         with on(self.device):
-            cache.check(self.config, self.profile.dtype, cp)
-            cache.room((len(ids_B1), n), None)
-            found, last_B = [], ids_B1[:, 0]
+            last_B = self._checked("greedy", ids_B, cache, n)
+            found = []
             for start in range(0, n, RECORDS):
                 size = min(RECORDS, n - start)
                 tokens = self._step(cache).greedy(last_B, cache.lengths_B, size)
@@ -101,9 +96,34 @@ class CudaEngine(CupyEngine):
         bad_nB = ~np.isfinite(logprobs_nB) | (ids_nB >= self.config.vocab_size)
         return int((~bad_nB.any(axis=1)).cumprod().sum())
 
+    def sample(
+        self, ids_B: Any, cache: Cache, sampling: Sampling, numbers_B: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Feed one token a row; return the one that follows, drawn with the row's random number.
+
+        ids_1B, and their natural log-probabilities under the model itself, float64; they have not
+        been fed. Raises InputError as greedy does.
+        """
+        with on(self.device):
+            last_B = self._checked("sample", ids_B, cache, 1)
+            found = self._step(cache).sample(last_B, cache.lengths_B, sampling, numbers_B)
+            cache.lengths_B = cache.lengths_B + 1
+        return found[0][None], found[1][None]
+
     def chooser(self, cache: Cache) -> Any:
-        """`greedy` for caches that it takes: 16 bytes a row come back, and not all logits."""
-        return self.greedy if self._steps_through(cache, cache.batch) else None
+        """Itself for caches that steps take: few bytes a row come back, and not all logits."""
+        return self if self._steps_through(cache, cache.batch) else None
+
+    def _checked(self, name: str, ids_B: Any, cache: Cache, n: int) -> np.ndarray:
+        """The ids; raise InputError for what no step takes, or no room for n tokens."""
+        ids_B1 = host_ids(np.asarray(ids_B)[:, None], self.config.vocab_size)
+        if not self._steps_through(cache, len(ids_B1)):
+            raise InputError(
+                f"{name}: expected float32 and 1 to {MOST_ROWS} rows, found {len(ids_B1)}"
+            )
+        cache.check(self.config, self.profile.dtype, cp)
+        cache.room((len(ids_B1), n), None)
+        return ids_B1[:, 0]
 
     def _steps_through(self, cache: Cache, B: int) -> bool:
         whole = all(

@@ -21,9 +21,10 @@ from llama3np import model, selftest
 from llama3np.kernels import ggml
 from llama3np.kernels.cuda import engine, registry
 from llama3np.kernels.cuda.launch import launch
-from llama3np.kernels.cuda.registry import FORMATS, PLAIN, STRETCH, WARPS, Kernel
+from llama3np.kernels.cuda.registry import BINS, FORMATS, PLAIN, STRETCH, WARPS, Kernel
 from llama3np.kernels.cuda.step import pitch_of, whole
 from llama3np.kernels.cuda.weights import stored, upload
+from llama3np.sample import powers
 from llama3np.selftest import MismatchError
 
 ULP = 2.0**-24  # half a unit in the last place of a float32 near 1: what one rounding may add
@@ -536,6 +537,89 @@ def settle(kernel: Kernel, M: int, parts: int, rng: np.random.Generator) -> None
     same(count.get(), [2], f"{kernel.name}: count")
 
 
+def bins_of(logits_V: np.ndarray) -> np.ndarray:
+    """Of each logit, how far it is below the largest, in steps of 1/32 that begin a bin."""
+    return np.minimum((logits_V.max() - logits_V) * np.float32(32), BINS - 1).astype(int)
+
+
+def candidates_of(logits_V: np.ndarray, wish: Sequence[float], parts: int) -> Any:
+    """The ids that `sift` is to leave, from the definition, in float64; see tokens.cu.
+
+    wish: temperature, top-k, top-p, random number. None where rounding may move the border.
+    """
+    temperature, k, p, number = wish
+    powers_V, bins_V = powers(logits_V, float(logits_V.max()), temperature), bins_of(logits_V)
+    total, V = powers_V.sum(), logits_V.size
+    if k:
+        return np.flatnonzero(bins_V <= np.sort(bins_V)[min(int(k), V) - 1]) if k <= V else range(V)
+    if p < 1:
+        most_V = powers(-np.maximum(bins_V - 2.0**-10, 0) / 32, 0.0, temperature)
+        beyond = np.array([(bins_V > b) @ most_V for b in range(BINS)])
+        spare = (1 - p - 2.0**-36) * total
+        sure = (np.abs(beyond - spare) > 1e-9 * total).all()
+        return np.flatnonzero(bins_V <= (beyond <= spare).argmax()) if sure else None
+    size = -(-V // parts)
+    start = np.searchsorted(np.cumsum(powers_V), number * total, side="right") // size * size
+    return np.arange(start, min(V, start + size))
+
+
+def _parts_of(logits_MV: np.ndarray, parts: int, temperature: float) -> dict[str, np.ndarray]:
+    """Peaks and sums of parts as `pick` leaves them, powers and counts as `weigh` does."""
+    M, V = logits_MV.shape
+    size, wide = -(-V // parts), logits_MV.astype(np.float64)
+    found = {name: np.zeros((M, parts)) for name in ("peaks", "sums", "powers")}
+    found["peaks"][:] = -np.inf
+    found["counts"] = np.zeros((M, parts, BINS), np.int32)
+    for m, i in np.ndindex(M, -(-V // size)):
+        own = slice(i * size, (i + 1) * size)
+        found["peaks"][m, i] = peak = wide[m, own].max()
+        found["sums"][m, i] = np.exp(wide[m, own] - peak).sum()
+        found["powers"][m, i] = powers(logits_MV[m, own], wide[m].max(), temperature).sum()
+        found["counts"][m, i] = np.bincount(bins_of(logits_MV[m])[own], minlength=BINS)
+    return found | {"peaks": found["peaks"].astype(np.float32)}
+
+
+def weigh(kernel: Kernel, V: int, M: int, parts: int, rng: np.random.Generator) -> None:
+    """Of every part of a row the sum of powers, and how many logits are in each bin."""
+    logits_MV = numbers(rng, (M, V), np.float32) * np.float32(5)
+    expected = _parts_of(logits_MV, parts, 0.7)
+    wishes = cp.asarray(np.tile([0.7, 0, 1, 0.5], (M, 1)))
+    found = {"powers": cp.full((M, parts), np.nan), "counts": cp.full((M, parts, BINS), -1, "i4")}
+    at = {"logits": cp.asarray(logits_MV), "V": V, "peaks": cp.asarray(expected["peaks"])}
+    launch(kernel, (parts, M), 256, **at, wishes=wishes, **found)
+    within(
+        found["powers"].get(), expected["powers"], 1e-12 * expected["powers"],
+        f"{kernel.name}: powers",
+    )  # fmt: skip
+    same(found["counts"].get(), expected["counts"], f"{kernel.name}: counts")
+
+
+def sift(kernel: Kernel, V: int, parts: int, rng: np.random.Generator) -> None:
+    """What may be drawn of a row by top-k, of one by top-p, and of one without either."""
+    wishes = np.array([[0.7, min(V, 20), 1, 0.5], [0.7, 0, 0.9, 0.5], [0.7, 0, 1, 0.8]])
+    M, room = len(wishes), V + 2
+    logits_MV = numbers(rng, (M, V), np.float32) * np.float32(5)
+    of = _parts_of(logits_MV, parts, 0.7)
+    facts, ids = cp.full((M, 5), np.nan), cp.full((M, room), UNTOUCHED, np.int32)
+    kept = cp.full((M, room), UNTOUCHED, np.float32)
+    launch(
+        kernel, (M,), BINS, logits=cp.asarray(logits_MV), V=V, wishes=cp.asarray(wishes),
+        **{name: cp.asarray(array) for name, array in of.items()},
+        parts=parts, facts=facts, ids=ids, kept=kept, room=room,
+    )  # fmt: skip
+    for m, wish in enumerate(wishes):
+        what, expected = f"{kernel.name}: row {m} ", candidates_of(logits_MV[m], wish, parts)
+        powers_V = powers(logits_MV[m], float(logits_MV[m].max()), 0.7)
+        before = powers_V[: expected[0]].sum() if m == 2 else 0
+        once = powers(logits_MV[m], float(logits_MV[m].max()), 1.0).sum()
+        exact = np.array([len(expected), logits_MV[m].max(), powers_V.sum(), once, before])
+        bound = exact * [0, 0, 1e-12, 40 * ULP, 1e-12]
+        within(facts.get()[m], exact, bound, f"{what}facts")
+        for name, array, value in (("ids", ids, expected), ("kept", kept, logits_MV[m, expected])):
+            same(array.get()[m, : len(expected)], value, f"{what}{name}")
+            untouched(array.get()[m, len(expected) :], kernel.name)
+
+
 # ---- where kernels break -------------------------------------------------------------------------
 
 
@@ -620,5 +704,7 @@ CASES: dict[str, Callable[[Kernel], Iterator[Case]]] = {
     "attend_block": _blocks,
     "obey": _always(obey, (1,), (8,)),
     "pick": _always(pick, (7, 1, 32), (3001, 8, 32), (32 * 256 + 1, 2, 32)),
+    "weigh": _always(weigh, (7, 1, 32), (3001, 8, 32)),
+    "sift": _always(sift, (7, 32), (3001, 32)),
     "settle": _always(settle, (1, 32), (8, 33)),
 }

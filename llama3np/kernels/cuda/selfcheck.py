@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import cupy
@@ -15,10 +16,13 @@ from llama3np.kernels.cuda.launch import compiled
 from llama3np.kernels.cuda.step import RECORDS
 from llama3np.kernels.ggml import decode
 from llama3np.llm import Llama
+from llama3np.sample import Sampling, all_ids, draw
 
 SHAPES = ((1, 256), (3, 512), (47, 256))  # rows and columns of matrices of blocks
 REPLAYS = 5
 TOLD = 3  # wrong kernels of one kind that a line tells
+SAMPLINGS = (Sampling(0.8), Sampling(1.5, top_k=20), Sampling(0.7, top_p=0.9), Sampling(1, 50, 0.8))
+DRAWS = 4  # of each
 
 
 def kernels(device: Device) -> Iterator[tuple[str, str, selftest.Check]]:
@@ -111,3 +115,21 @@ def greedy(device: Device) -> str:
     if (found != np.stack(expected)).any():
         raise selftest.MismatchError("the device chooses others than the largest logits, lowest id")
     return f"{n} tokens of 2 rows, the same"
+
+
+def drawn(device: Device) -> str:
+    """Tokens drawn from what the device leaves of the logits, beside those drawn from all."""
+    config = replace(selftest.WIDE, vocab_size=2001)
+    params = selftest.made(config, "BF16", np.random.default_rng(4))
+    llm = Llama(config, params, device=str(device), engine="cuda")
+    n, ids_B = DRAWS * len(SAMPLINGS), np.array([7, 8])
+    cache, other = llm.new_cache(2, n), llm.new_cache(2, n)
+    for sampling in SAMPLINGS:
+        for numbers_B in np.random.default_rng(5).random((DRAWS, 2)):
+            found, _ = llm.engine.sample(ids_B, cache, sampling, numbers_B)
+            logits_BV = llm.engine.forward(ids_B[:, None], other)[:, 0]
+            every = [all_ids(logits_V, sampling.temperature) for logits_V in logits_BV]
+            ids_B = np.array([draw(every[b], sampling, numbers_B[b]) for b in range(2)])
+            if (found[0] != ids_B).any():
+                raise selftest.MismatchError(f"{sampling}: drawn {found[0]}, expected {ids_B}")
+    return f"{n} tokens of 2 rows in {len(SAMPLINGS)} ways, the same"
