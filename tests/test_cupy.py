@@ -316,9 +316,59 @@ def test_running_out_of_memory_is_a_sentence(monkeypatch):
     monkeypatch.setattr(cupy, "zeros", full)
     with pytest.raises(InputError, match="cache: cuda:0 has no memory for 9 rows of 32 tokens"):
         llm.new_cache(9)
+    with pytest.raises(InputError, match=r"cache: no memory for a copy of 2 rows: Out of memory"):
+        cache.fork([0, 0])
     monkeypatch.setattr(cupy, "arange", full)
     with pytest.raises(InputError, match="device: cuda:0 has no memory left for this call"):
         llm.forward([1, 2], cache)
+
+
+@pytest.mark.parametrize("engine", CUDA_ENGINES)
+def test_no_product_takes_tf32(softcuda, monkeypatch, engine):
+    """CUPY_TF32=1 is the user's wish for CuPy's own `@`, and stays so outside of the engines."""
+    import cupy
+    from cupy._core import _routines_linalg as linalg
+    from softcuda import cublas
+
+    from llama3np.kernels.cuda import gemm
+
+    single, asked, types_of_sums, arithmetic = np.dtype("f4"), [], set(), cublas._arithmetic
+
+    def seen(compute, types):
+        asked.append(compute)
+        return arithmetic(compute, types)
+
+    llm, before = on_device(TINY, engine), linalg.get_compute_type(single)
+    monkeypatch.setattr(cublas, "_arithmetic", seen)
+    linalg.set_compute_type(single, linalg.COMPUTE_TYPE_TF32)  # what CUPY_TF32=1 does
+    try:
+        llm.forward([[1, 2, 3], [4, 5, 6]])
+        llm.forward([1, 2, 3], tap=lambda *_: types_of_sums.add(linalg.get_compute_type(single)))
+        assert types_of_sums == {linalg.COMPUTE_TYPE_FP32}
+        # The products of attention are batches, for which CuPy 14.2 asks by the type of numbers.
+        assert set(asked) <= {cublas.module.CUBLAS_COMPUTE_32F, cublas.F32}
+        with gemm.exact():
+            cupy.ones((3, 4), np.float32) @ cupy.ones((4, 5), np.float32)
+        assert asked[-1] == cublas.module.CUBLAS_COMPUTE_32F
+        cupy.ones((3, 4), np.float32) @ cupy.ones((4, 5), np.float32)
+        assert asked[-1] == cublas.module.CUBLAS_COMPUTE_32F_FAST_TF32
+    finally:
+        linalg.set_compute_type(single, before)
+
+
+def test_ids_may_lie_on_the_device():
+    import cupy
+
+    llm, ids = on_device(TINY), [[1, 2, 3], [4, 5, 6]]
+    expected = llm.forward(ids)
+    assert_same(llm.forward(cupy.asarray(ids)), expected, "logits")
+    assert_same(llm.forward([cupy.asarray(row) for row in ids]), expected, "logits")
+    assert_same(llm.forward(cupy.asarray(ids[0])), llm.forward(ids[0]), "logits of a row")
+    assert llm.generate(cupy.asarray(ids), 4) == llm.generate(ids, 4)
+    with pytest.raises(InputError, match="token ids: expected a list of integers, found"):
+        llm.forward([cupy.asarray(1), cupy.asarray(2)])
+    with pytest.raises(InputError, match="token ids: expected a list of integers, found"):
+        llm.forward(cupy.asarray([1.0, 2.0]))
 
 
 # ---- the cache ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import copy
 import gc
 import os
 import pickle
+import subprocess
 import sys
 import threading
 import time
@@ -26,7 +27,7 @@ from llama3np.cache import Cache, new_cache
 from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.kernels import Joined, stored
-from llama3np.kernels.engine import ENGINES, engine_class, make_engine
+from llama3np.kernels.engine import ENGINES, make_engine
 from llama3np.kernels.ggml import SCALES
 from llama3np.llm import Llama
 from llama3np.load.files import map_file, view
@@ -328,13 +329,15 @@ def test_without_numba_numpy_is_the_engine(monkeypatch):
         Llama(config, params, engine="numba")
 
 
-def test_numba_told_to_interpret_is_no_engine(monkeypatch):
-    monkeypatch.setattr("numba.core.config.DISABLE_JIT", 1)
-    for name in [*sys.modules]:
-        if name.startswith("llama3np.kernels.cpu"):
-            monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(InputError, match="NUMBA_DISABLE_JIT is set"):
-        engine_class("numba")
+def test_numba_told_to_interpret_is_no_engine():
+    """In a process of its own: what reads the setting reads it when it is imported."""
+    code = "from llama3np.kernels.engine import engine_class; engine_class('numba')"
+    env = os.environ | {"NUMBA_DISABLE_JIT": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("llama3np.errors.InputError: engine: numba cannot be imported")
+    assert "NUMBA_DISABLE_JIT is set" in last
 
 
 def test_a_cache_of_several_kinds_is_refused():

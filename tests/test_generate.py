@@ -14,7 +14,7 @@ from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.llm import Llama
 from llama3np.params import random
-from llama3np.sample import GREEDY, Sampling, log_softmax
+from llama3np.sample import GREEDY, Sampling, all_ids, draw, log_softmax
 
 
 def llama(model, xp=np, **options):
@@ -381,6 +381,14 @@ class Toy:
         logprobs_V = np.diag(log_softmax(5 * np.eye(TOYS.vocab_size)))
         return np.array(found), logprobs_V[np.array(found)]
 
+    def sample(self, ids_B, cache, sampling, numbers_B):
+        logits_BV = self.forward(ids_B[:, None], cache, np.ones_like(ids_B), True)[:, 0]
+        ids_B = [
+            draw(all_ids(logits_V, sampling.temperature), sampling, number)
+            for logits_V, number in zip(logits_BV, numbers_B, strict=True)
+        ]
+        return np.array([ids_B]), log_softmax(logits_BV)[np.arange(len(ids_B)), ids_B][None]
+
 
 @given(
     st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=4), min_size=1, max_size=3),
@@ -388,38 +396,58 @@ class Toy:
     st.sets(st.integers(0, 6), max_size=3),
     st.integers(1, 5),
     st.booleans(),
+    st.sampled_from([GREEDY, Sampling(1.0, seed=3), Sampling(4.0, 3, 0.9, seed=4)]),
 )
-def test_what_an_engine_chooses_ahead_is_what_the_host_would(prompts, most, stops, ahead, logprobs):
+def test_what_an_engine_chooses_ahead_is_what_the_host_would(
+    prompts, most, stops, ahead, logprobs, sampling
+):
     """Token by token, whenever rows stop; and the cache holds what was fed, and no more."""
     toy, runs = Toy(), []
-    for greedy in (None, toy.greedy):
+    for chooser in (None, toy):
         cache = new_cache(TOYS, len(prompts), 32)
         steps = generation.generate(
-            toy.forward, cache, prompts, most, GREEDY, stops, logprobs, greedy=greedy, ahead=ahead
-        )
+            toy.forward, cache, prompts, most, sampling, stops, logprobs, chooser=chooser,
+            ahead=ahead,
+        )  # fmt: skip
         runs.append(([*steps], cache.lengths_B.tolist()))
     assert runs[0] == runs[1]
 
 
-@given(st.integers(1, 5))
-def test_an_engine_chooses_only_what_is_asked_for(most):
-    """A stream that is left has fed what its reader has seen, if nothing was to be chosen ahead."""
-    toy, cache, asked = Toy(), new_cache(TOYS, 1, 32), []
+@given(st.integers(1, 12), st.integers(1, 6), st.booleans())
+def test_what_was_chosen_ahead_of_a_closed_generator_is_forgotten(seen, ahead, touched):
+    """Unless its cache is another's by then."""
+    toy, cache = Toy(), new_cache(TOYS, 2, 32)
+    steps = generation.generate(
+        toy.forward, cache, [[1, 2], [3]], 20, GREEDY, (), chooser=toy, ahead=ahead
+    )
+    for _ in range(seen):
+        next(steps)
+    if touched:
+        cache.reset()
+    steps.close()
+    fed = [0, 0] if touched else [2 + seen - 1, 1 + seen - 1]
+    assert cache.lengths_B.tolist() == fed
 
-    def greedy(ids_B, cache, n):
-        asked.append(n)
-        return toy.greedy(ids_B, cache, n)
+
+@given(st.integers(1, 5), st.sampled_from([GREEDY, Sampling(1.0, seed=0)]))
+def test_an_engine_chooses_only_what_is_asked_for(most, sampling):
+    """A stream that is left has fed what its reader has seen, if nothing was to be chosen ahead."""
+    cache, asked = new_cache(TOYS, 1, 32), []
+
+    class Asked(Toy):
+        def greedy(self, ids_B, cache, n):
+            asked.append(n)
+            return super().greedy(ids_B, cache, n)
+
+        def sample(self, ids_B, cache, sampling, numbers_B):
+            asked.append(len(numbers_B))
+            return super().sample(ids_B, cache, sampling, numbers_B)
 
     steps = generation.generate(
-        toy.forward, cache, [[1, 2]], 20, GREEDY, (), greedy=greedy, ahead=1
+        Toy().forward, cache, [[1, 2]], 20, sampling, (), chooser=Asked(), ahead=1
     )
     for _ in range(most):
         next(steps)
     steps.close()
     assert asked == [1] * (most - 1)
     assert cache.lengths_B.tolist() == [2 + most - 1]
-    sampled = generation.generate(
-        toy.forward, new_cache(TOYS, 1, 32), [[1]], 5, Sampling(1.0, seed=0), (), greedy=greedy
-    )
-    assert len([*sampled]) == 5
-    assert len(asked) == most - 1  # drawing is the host's
