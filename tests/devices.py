@@ -101,9 +101,9 @@ def rebuilt(old, members):
     return type(old)(*members) if hasattr(old, "_fields") else tuple(members)
 
 
-def placed(place):
+def placed(where):
     """What to give Llama, or load, for a model to be run at one of PLACES."""
-    return {} if place == "cpu" else {"device": "cuda", "engine": place}
+    return {} if where == "cpu" else {"device": "cuda", "engine": where}
 
 
 def is_soft(llm):

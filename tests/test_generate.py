@@ -19,10 +19,10 @@ from llama3np.params import random
 from llama3np.sample import GREEDY, Sampling, choose, log_softmax
 
 
-def llama(model, place="cpu", **options):
-    """The model at a place: in the oracle's precision, but where kernels of float32 compute."""
-    dtype = "float32" if place == "cuda" else "float64"
-    return Llama(model.config, model.params, **{"dtype": dtype, **placed(place), **options})
+def llama(model, where="cpu", **options):
+    """The model there: in the oracle's precision, but where kernels of float32 compute."""
+    dtype = "float32" if where == "cuda" else "float64"
+    return Llama(model.config, model.params, **{"dtype": dtype, **placed(where), **options})
 
 
 def error_of(llm, model, ids):
@@ -60,10 +60,10 @@ def greedy_by_recomputation(llm, ids, count):
 
 
 @given(runs(), st.integers(1, 6))
-def test_greedy_equals_recomputing_everything_for_each_token(place, run, count):
+def test_greedy_equals_recomputing_everything_for_each_token(where, run, count):
     """No position is skipped, no slot is left empty, and max_new_tokens means new tokens."""
     model, ids = run
-    llm = llama(model, place)
+    llm = llama(model, where)
     (completion,) = llm.generate(ids, max_new_tokens=count)
     expected = greedy_by_recomputation(llama(model), ids, count)
     assume(undoubted(llm, model, ids, expected))
@@ -72,10 +72,10 @@ def test_greedy_equals_recomputing_everything_for_each_token(place, run, count):
 
 
 @given(ragged_runs(min_rows=2), st.integers(1, 5), st.sampled_from([0.0, 0.8]))
-def test_a_batch_continues_every_row_as_if_alone(place, drawn, count, temperature):
+def test_a_batch_continues_every_row_as_if_alone(where, drawn, count, temperature):
     """Rows of other lengths that stop at other times change nothing; row 0's draws are its own."""
     model, rows, _ = drawn
-    oracle, llm = (llama(model, where, stop_ids=[0, 1]) for where in ("cpu", place))
+    oracle, llm = (llama(model, at, stop_ids=[0, 1]) for at in ("cpu", where))
     sampling = Sampling(temperature, seed=5)
     together = llm.generate(rows, count, **sampling._asdict())
     for row, completion in enumerate(together):
@@ -86,19 +86,19 @@ def test_a_batch_continues_every_row_as_if_alone(place, drawn, count, temperatur
 
 
 @given(runs(), st.integers(1, 6), st.data())
-def test_the_first_stop_id_ends_a_row_and_is_its_last_id(place, run, count, data):
+def test_the_first_stop_id_ends_a_row_and_is_its_last_id(where, run, count, data):
     model, ids = run
-    free = llama(model, place).generate(ids, count)[0].ids
+    free = llama(model, where).generate(ids, count)[0].ids
     stop = data.draw(st.sampled_from(free))
-    completion = llama(model, place, stop_ids=[stop]).generate(ids, count)[0]
+    completion = llama(model, where, stop_ids=[stop]).generate(ids, count)[0]
     assert completion.ids == free[: free.index(stop) + 1]
     assert completion.finish_reason == "stop"
 
 
 @given(runs(), st.integers(1, 6), st.sampled_from([0.0, 1.0]), st.integers(0, 99))
-def test_stream_yields_what_generate_returns(place, run, count, temperature, seed):
+def test_stream_yields_what_generate_returns(where, run, count, temperature, seed):
     model, ids = run
-    llm = llama(model, place, stop_ids=[1])
+    llm = llama(model, where, stop_ids=[1])
     options = {"temperature": temperature, "seed": seed, "logprobs": True}
     steps = list(llm.stream(ids, count, **options))
     (completion,) = llm.generate([ids], count, **options)
@@ -110,9 +110,9 @@ def test_stream_yields_what_generate_returns(place, run, count, temperature, see
 
 
 @given(runs(min_tokens=2), st.integers(1, 4))
-def test_logprobs_are_those_of_the_model_without_a_cache(place, run, count):
+def test_logprobs_are_those_of_the_model_without_a_cache(where, run, count):
     model, ids = run
-    llm = llama(model, place)
+    llm = llama(model, where)
     (completion,) = llm.generate(ids, count, temperature=0.7, top_k=3, seed=1, logprobs=True)
     whole = [*ids, *completion.ids]
     expected = log_softmax(llama(model).forward(whole)[0])[np.arange(len(whole) - 1), whole[1:]]
@@ -122,9 +122,9 @@ def test_logprobs_are_those_of_the_model_without_a_cache(place, run, count):
 
 
 @given(ragged_runs(), st.integers(1, 30))
-def test_prefill_in_chunks_equals_prefill_at_once(place, drawn, chunk):
+def test_prefill_in_chunks_equals_prefill_at_once(where, drawn, chunk):
     model, rows, _ = drawn
-    llm = llama(model, place)
+    llm = llama(model, where)
     error = 2 * max(error_of(llm, model, row) for row in rows)
     at_once = generation.prefill(llm._run, llm.new_cache(len(rows), 9), rows, 10**6)
     chunked = generation.prefill(llm._run, llm.new_cache(len(rows), 9), rows, chunk)
@@ -136,12 +136,12 @@ def test_prefill_in_chunks_equals_prefill_at_once(place, drawn, chunk):
 
 
 @given(ragged_runs(), st.integers(1, 30), st.sampled_from([0.0, 0.8]))
-def test_any_chunk_gives_the_same_ids(place, drawn, chunk, temperature):
+def test_any_chunk_gives_the_same_ids(where, drawn, chunk, temperature):
     model, rows, _ = drawn
     sampling = Sampling(temperature, seed=1)
     oracle, llm = (
-        llama(model, where, prefill_chunk=tokens, stop_ids=[0])
-        for where, tokens in (("cpu", 10**6), (place, chunk))
+        llama(model, at, prefill_chunk=tokens, stop_ids=[0])
+        for at, tokens in (("cpu", 10**6), (where, chunk))
     )
     expected = oracle.generate(rows, 4, **sampling._asdict())
     for row, completion in enumerate(expected):
@@ -150,9 +150,9 @@ def test_any_chunk_gives_the_same_ids(place, drawn, chunk, temperature):
 
 
 @given(ragged_runs(), st.integers(1, 30))
-def test_a_chunk_has_as_many_tokens_as_it_may_over_all_rows(place, drawn, chunk):
+def test_a_chunk_has_as_many_tokens_as_it_may_over_all_rows(where, drawn, chunk):
     model, rows, _ = drawn
-    llm, shapes = llama(model, place), []
+    llm, shapes = llama(model, where), []
 
     def forward(ids_BT, cache, new_B, last_only):
         shapes.append(ids_BT.shape)
@@ -165,10 +165,10 @@ def test_a_chunk_has_as_many_tokens_as_it_may_over_all_rows(place, drawn, chunk)
 
 
 @given(runs(), st.data())
-def test_a_stream_continues_a_cache(place, run, data):
+def test_a_stream_continues_a_cache(where, run, data):
     """Two streams over one cache give what one stream gives."""
     model, ids = run
-    llm = llama(model, place)
+    llm = llama(model, where)
     whole = [step.id for step in llm.stream(ids, 4)]
     first = data.draw(st.integers(1, 3))
     cache = llm.new_cache(1, len(ids) + 8)
@@ -178,9 +178,9 @@ def test_a_stream_continues_a_cache(place, run, data):
 
 
 @given(models())
-def test_what_is_in_the_cache_counts_for_the_limit(place, model):
+def test_what_is_in_the_cache_counts_for_the_limit(where, model):
     """The room is the cache's, not the model's, and what it holds is used up."""
-    llm = llama(model, place, max_seq_len=4)
+    llm = llama(model, where, max_seq_len=4)
     cache = llm.new_cache(1, 9)
     llm.forward([0] * 5, cache)
     with pytest.raises(InputError, match=r"7 tokens.* 3 .*max_seq_len 9"):
@@ -189,14 +189,14 @@ def test_what_is_in_the_cache_counts_for_the_limit(place, model):
 
 
 @given(models())
-def test_a_stream_takes_a_cache_of_one_row_of_its_own_model(place, model):
+def test_a_stream_takes_a_cache_of_one_row_of_its_own_model(where, model):
     """At once, not at the first step."""
-    llm = llama(model, place)
+    llm = llama(model, where)
     with pytest.raises(InputError, match="expected 1 rows, found 2"):
         llm.stream([0], 1, cache=llm.new_cache(2, 4))
     other = "float32" if llm.profile.dtype == "float64" else "float64"
     with pytest.raises(InputError, match="cache: expected"):
-        llm.stream([0], 1, cache=llama(model, place, dtype=other).new_cache(1, 4))
+        llm.stream([0], 1, cache=llama(model, where, dtype=other).new_cache(1, 4))
 
 
 @given(models())
@@ -231,8 +231,8 @@ def test_a_prompt_too_long_states_the_three_numbers_before_any_work(model, extra
 
 
 @given(models())
-def test_max_new_tokens_defaults_to_what_fits_and_may_be_0(place, model):
-    llm = llama(model, place, max_seq_len=8)
+def test_max_new_tokens_defaults_to_what_fits_and_may_be_0(where, model):
+    llm = llama(model, where, max_seq_len=8)
     assert len(llm.generate([0] * 6)[0].ids) == 2
     assert llm.generate([0] * 8, 0) == [([], "", None, "length")]
     assert llm.generate([], 3) == []
@@ -241,8 +241,8 @@ def test_max_new_tokens_defaults_to_what_fits_and_may_be_0(place, model):
 
 
 @given(models(), st.sampled_from([-1, "V", 10**12]))
-def test_ids_outside_the_vocabulary_are_an_error(place, model, wrong):
-    llm = llama(model, place)
+def test_ids_outside_the_vocabulary_are_an_error(where, model, wrong):
+    llm = llama(model, where)
     wrong = model.config.vocab_size if wrong == "V" else wrong
     for call in (llm.generate, llm.stream, llm.forward, llm.score):
         with pytest.raises(InputError, match=f"found {wrong}"):
@@ -326,9 +326,9 @@ def test_text_without_a_tokenizer_is_an_error(model):
 
 
 @given(ragged_runs())
-def test_forward_takes_lists_ragged_lists_and_arrays(place, drawn):
+def test_forward_takes_lists_ragged_lists_and_arrays(where, drawn):
     model, rows, _ = drawn
-    llm = llama(model, place)
+    llm = llama(model, where)
     alone = [llm.forward(row)[0] for row in rows]
     together = llm.forward(rows)
     for logits_TV, logits_BTV, row in zip(alone, together, rows, strict=True):
@@ -363,8 +363,8 @@ class FewerTokens:
 
 
 @given(models(), st.integers(1, 6))
-def test_rows_of_a_padded_table_have_no_text(place, model, count):
-    (completion,) = llama(model, place, tokenizer=FewerTokens()).generate([0], count)
+def test_rows_of_a_padded_table_have_no_text(where, model, count):
+    (completion,) = llama(model, where, tokenizer=FewerTokens()).generate([0], count)
     assert completion.text == "x" * completion.ids.count(0) + "."
 
 
@@ -386,8 +386,8 @@ def test_a_text_that_continues_a_cache_gets_no_second_bos():
 
 
 @given(models(), st.integers(1, 6))
-def test_the_stop_id_has_no_text(place, model, count):
-    llm = llama(model, place, tokenizer=FewerTokens(), stop_ids=range(model.config.vocab_size))
+def test_the_stop_id_has_no_text(where, model, count):
+    llm = llama(model, where, tokenizer=FewerTokens(), stop_ids=range(model.config.vocab_size))
     (completion,) = llm.generate([0], count)
     assert (len(completion.ids), completion.text) == (1, ".")
 
@@ -463,11 +463,11 @@ def test_an_engine_chooses_only_what_is_asked_for(most):
 
 @given(ragged_runs(), st.integers(1, 12), st.integers(2, 5), st.booleans(), st.data())
 def test_a_cache_holds_nothing_of_what_was_chosen_ahead_in_vain(
-    place, drawn, most, ahead, logprobs, data
+    where, drawn, most, ahead, logprobs, data
 ):
     """By the engine itself: rows stop in the middle of what was chosen, and streams go on there."""
     model, rows, _ = drawn
-    llm, runs = llama(model, place, max_seq_len=32), []
+    llm, runs = llama(model, where, max_seq_len=32), []
     free = [id for completion in llm.generate(rows, most) for id in completion.ids]
     stops = data.draw(st.lists(st.sampled_from(free), max_size=2))
     for tokens_at_once in (1, ahead):
