@@ -94,7 +94,7 @@ def known_failures():
     return [(pattern, reason.strip()) for pattern, reason in rows]
 
 
-def report(area, outcomes, left, known):
+def report(area, known, outcomes, left):
     """Print the area's counts and surprises; return how many failures nobody knows of.
 
     left: tests that did not run, because the area took too long or its process ended.
@@ -120,7 +120,7 @@ def main(arguments):
     known, source = known_failures(), Path(arguments[0]).resolve()
     seconds = float(os.environ.get("SECONDS_OF_AN_AREA", "3600"))
     areas = arguments[1:] or AREAS
-    return min(1, sum(report(area, *outcomes_of(area, source, seconds), known) for area in areas))
+    return min(1, sum(report(area, known, *outcomes_of(area, source, seconds)) for area in areas))
 
 
 if __name__ == "__main__":
