@@ -477,7 +477,7 @@ TestCacheOfAnyHistory = CacheMachine.TestCase
 TestCacheOfAnyHistoryOnCupy = pytest.mark.cuda(pytest.mark.gpu(CacheMachineOnCupy.TestCase))
 TestCacheOfAnyHistoryOnCuda = pytest.mark.cuda(pytest.mark.gpu(CacheMachineOnCuda.TestCase))
 TestCacheOfAnyHistoryOnCupy.settings = settings(max_examples=25)
-TestCacheOfAnyHistoryOnCuda.settings = settings(max_examples=50)
+TestCacheOfAnyHistoryOnCuda.settings = settings(max_examples=30)
 
 
 @pytest.mark.parametrize("lengths", [1.0, True, [True], "1", [[1]], [1, 1], float("nan")])
