@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import paths
 import pytest
-from checks import assert_close, difference
+from checks import assert_close, assert_same, difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import STORED, Model, models, padded, ragged_runs
