@@ -408,7 +408,8 @@ def load(
     path: the file or directory, or the name of a model installed here ("smollm2").
     device: "cpu", "cuda" or "cuda:1"; a plan of the memory of a CUDA device is logged (logger
     "llama3np", level INFO) before anything is allocated there.
-    dtype: the profile, "float32", "float64", or "bf16-mm" for bf16 weights.
+    dtype: the profile: "float32"; "float64"; "bf16-mm", of bf16 weights; "bf16-meta", "bf16-hf" or
+    "f16-hf", which round as Meta's and Hugging Face's code does, weights too (docs/numerics.md).
     max_seq_len: the most tokens of a prompt and its continuation; the model's own, and at most
     8192, if None.
     progress(done, total, name): is told the bytes that are read and converted; mapped ones are
@@ -418,8 +419,9 @@ def load(
     engine: "numpy", or "numba" for compiled kernels (the extra `fast`); that where it is installed,
     if None. On a CUDA device "cuda", by kernels of ours, or "cupy", the plain operations; "cuda" if
     None. threads: as many as there are physical cores, if None. kv_dtype: what keys and values
-    are stored as, "f32", "bf16" or "f16"; the profile's own type if None. prefill_chunk: tokens of
-    a prompt that go through the model at once, over all rows.
+    are stored as, "f32", "bf16" or "f16", beside 16-bit profiles only their own type; the
+    profile's own if None. prefill_chunk: tokens of a prompt that go through the model at once,
+    over all rows.
     Raises InputError, in one sentence, for whatever cannot be used, and of it CheckpointError if
     it is a file's fault.
     """

@@ -20,8 +20,8 @@ from checks import assert_close, assert_same, difference
 from devices import to_host
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from noise import NOISE, ULP32, noise, oracle_taps
-from strategies import STORED, models, padded, ragged_runs, runs, splits
+from noise import NOISE, ULP32, noise, oracle_taps, short_noise
+from strategies import SHORT, STORED, models, padded, ragged_runs, runs, splits
 
 import llama3np.params
 from llama3np import model as spec
@@ -33,11 +33,12 @@ from llama3np.kernels.engine import ENGINES, make_engine
 from llama3np.kernels.ggml import SCALES
 from llama3np.llm import Llama
 from llama3np.load.files import map_file, view
-from llama3np.numerics import profile
+from llama3np.numerics import profile, short_params
 from llama3np.params import from_named, named
 from llama3np.selftest import blocks
 
 threads = st.integers(1, 3)
+dtypes = st.sampled_from(["float32", *SHORT])
 everywhere = pytest.mark.parametrize("name", [*ENGINES, *devices.ENGINES_THERE])
 FEWER = settings(max_examples=settings().max_examples * 2 // 3)  # for each of several engines
 
@@ -46,7 +47,9 @@ def engine_of(model, name, threads=2, dtype="float32"):
     """The engine, the weights on its own device."""
     if name not in ENGINES:
         return on_device(model, name, dtype).engine
-    return make_engine(name, threads, stored(model.params), model.config, profile(dtype))
+    chosen = profile(dtype)
+    params = short_params(model.params, chosen.dtype) if chosen.short else model.params
+    return make_engine(name, threads, stored(params), model.config, chosen)
 
 
 def on_device(model, name, dtype="float32"):
@@ -65,7 +68,7 @@ def fed(engine, cache, ids, parts, last_only=False):
 def cache_for(model, rows, slots=16, dtype="float32", name="numpy"):
     """An empty cache, on the device of the engine of that name."""
     xp = np if name in ENGINES else devices.cupy
-    return new_cache(model.config, rows, slots, dtype, xp)
+    return new_cache(model.config, rows, slots, profile(dtype).dtype, xp)
 
 
 # ---- the numbers --------------------------------------------------------------------------------
@@ -95,6 +98,24 @@ def test_in_float64_an_engine_is_the_oracle(name, run_of, data):
     cache = cache_for(model, 1, dtype="float64", name=name)
     found = fed(engine, cache, ids, data.draw(splits(len(ids))))
     assert_close(found, oracle_taps(model, ids)["logits"], 1e-10, "logits")
+
+
+@everywhere
+@settings(max_examples=20)
+@given(runs(), threads, st.sampled_from(SHORT), st.data())
+def test_in_16_bits_an_engine_is_as_near_the_oracle_as_they_allow(
+    name, run_of, threads, dtype, data
+):
+    """For prefill, decode and all between; the cache holds 16 bits too, logits are widened."""
+    model, ids = run_of
+    engine = engine_of(model, name, threads, dtype)
+    cache = cache_for(model, 1, dtype=dtype, name=name)
+    found = fed(engine, cache, ids, data.draw(splits(len(ids))))
+    truth = oracle_taps(model, ids)
+    allowed = short_noise(model, ids, truth, engine.profile.dtype)["logits"]
+    assert found.dtype == np.float32
+    assert {str(array.dtype) for array in (*cache.k, *cache.v)} == {engine.profile.dtype}
+    assert_close(found, truth["logits"], allowed, "logits")
 
 
 @everywhere
@@ -129,9 +150,10 @@ def test_rows_of_a_ragged_batch_equal_each_row_alone(name, run_of, last_only, da
 
 @everywhere
 @FEWER
-@given(models(), st.integers(2, 12))
-def test_an_idle_row_changes_nothing_and_is_not_changed(name, model, extra):
-    engine, cache = engine_of(model, name), cache_for(model, 3, 32, name=name)
+@given(models(), st.integers(2, 12), dtypes)
+def test_an_idle_row_changes_nothing_and_is_not_changed(name, model, extra, dtype):
+    engine = engine_of(model, name, dtype=dtype)
+    cache = cache_for(model, 3, 32, dtype, name)
     ids = [i % model.config.vocab_size for i in range(extra)]
     engine.forward([ids, ids, ids], cache)
     before = [k[1].copy() for k in cache.k]
@@ -264,12 +286,17 @@ def test_no_engine_holds_a_widened_matrix(name):
 
 @everywhere
 @FEWER
-@given(runs(min_tokens=2), threads, st.data())
-def test_bits_are_the_same_run_after_run(name, run_of, threads, data):
+@given(runs(min_tokens=2), threads, dtypes, st.data())
+def test_bits_are_the_same_run_after_run(name, run_of, threads, dtype, data):
     model, ids = run_of
     parts = data.draw(splits(len(ids)))
     first, second = (
-        fed(engine_of(model, name, threads), cache_for(model, 1, name=name), ids, parts)
+        fed(
+            engine_of(model, name, threads, dtype),
+            cache_for(model, 1, dtype=dtype, name=name),
+            ids,
+            parts,
+        )
         for _ in range(2)
     )
     assert_same(first, second, "logits")

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from checks import assert_close
 from devices import placed
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from noise import NOISE, ULP32, noise, oracle_taps
-from strategies import Model, models, ragged_runs, runs
+from noise import NOISE, ULP32, noise, oracle_taps, short_noise
+from strategies import SHORT, Model, models, ragged_runs, runs
 
 from llama3np import generate as generation
 from llama3np.cache import new_cache
@@ -17,6 +18,9 @@ from llama3np.errors import InputError
 from llama3np.llm import Llama
 from llama3np.params import random
 from llama3np.sample import GREEDY, Sampling, all_ids, choose, draw, log_softmax
+
+# What holds to the bit, as both ways feed the same tokens together, holds in 16 bits too.
+profiles = st.sampled_from([{}, *({"dtype": name} for name in SHORT)])
 
 
 def llama(model, where="cpu", **options):
@@ -85,20 +89,20 @@ def test_a_batch_continues_every_row_as_if_alone(where, drawn, count, temperatur
             assert completion == alone
 
 
-@given(runs(), st.integers(1, 6), st.data())
-def test_the_first_stop_id_ends_a_row_and_is_its_last_id(where, run, count, data):
+@given(runs(), st.integers(1, 6), profiles, st.data())
+def test_the_first_stop_id_ends_a_row_and_is_its_last_id(where, run, count, profile, data):
     model, ids = run
-    free = llama(model, where).generate(ids, count)[0].ids
+    free = llama(model, where, **profile).generate(ids, count)[0].ids
     stop = data.draw(st.sampled_from(free))
-    completion = llama(model, where, stop_ids=[stop]).generate(ids, count)[0]
+    completion = llama(model, where, **profile, stop_ids=[stop]).generate(ids, count)[0]
     assert completion.ids == free[: free.index(stop) + 1]
     assert completion.finish_reason == "stop"
 
 
-@given(runs(), st.integers(1, 6), st.sampled_from([0.0, 1.0]), st.integers(0, 99))
-def test_stream_yields_what_generate_returns(where, run, count, temperature, seed):
+@given(runs(), st.integers(1, 6), st.sampled_from([0.0, 1.0]), st.integers(0, 99), profiles)
+def test_stream_yields_what_generate_returns(where, run, count, temperature, seed, profile):
     model, ids = run
-    llm = llama(model, where, stop_ids=[1])
+    llm = llama(model, where, **profile, stop_ids=[1])
     options = {"temperature": temperature, "seed": seed, "logprobs": True}
     steps = list(llm.stream(ids, count, **options))
     (completion,) = llm.generate([ids], count, **options)
@@ -149,6 +153,29 @@ def test_any_chunk_gives_the_same_ids(where, drawn, chunk, temperature):
     assert llm.generate(rows, 4, **sampling._asdict()) == expected
 
 
+@settings(max_examples=24)
+@given(ragged_runs(), st.integers(1, 30), st.sampled_from(SHORT))
+def test_in_16_bits_chunks_rows_and_scores_are_as_near_the_oracle_as_they_allow(
+    where, drawn, chunk, dtype
+):
+    """Prefill in any chunks, ragged rows and the log-probabilities of a text."""
+    model, rows, _ = drawn
+    llm = llama(model, where, dtype=dtype)
+    chunked = generation.prefill(llm._run, llm.new_cache(len(rows), 9), rows, chunk)
+    together = llm.forward(rows)
+    assert together.dtype == chunked.dtype == np.float32
+    for b, row in enumerate(rows):
+        truth = oracle_taps(model, row)
+        allowed = short_noise(model, row, truth, llm.profile.dtype)["logits"]
+        assert_close(together[b, : len(row)], truth["logits"], allowed, f"row {b}")
+        within = allowed * np.abs(truth["logits"]).max()
+        assert np.abs(chunked[b] - truth["logits"][-1]).max() <= within
+        if len(row) > 1:
+            expected = log_softmax(truth["logits"])[np.arange(len(row) - 1), row[1:]]
+            scores = generation.score(llm._run, llm.new_cache(1, len(row)), row, chunk)
+            assert np.abs(scores - expected).max() <= 2 * within  # a logit, and those it is beside
+
+
 @given(ragged_runs(), st.integers(1, 30))
 def test_a_chunk_has_as_many_tokens_as_it_may_over_all_rows(where, drawn, chunk):
     model, rows, _ = drawn
@@ -164,11 +191,11 @@ def test_a_chunk_has_as_many_tokens_as_it_may_over_all_rows(where, drawn, chunk)
     assert shapes == [(len(rows), width) for width in widths]
 
 
-@given(runs(), st.data())
-def test_a_stream_continues_a_cache(where, run, data):
+@given(runs(), profiles, st.data())
+def test_a_stream_continues_a_cache(where, run, profile, data):
     """Two streams over one cache give what one stream gives."""
     model, ids = run
-    llm = llama(model, where)
+    llm = llama(model, where, **profile)
     whole = [step.id for step in llm.stream(ids, 4)]
     first = data.draw(st.integers(1, 3))
     cache = llm.new_cache(1, len(ids) + 8)
@@ -177,10 +204,10 @@ def test_a_stream_continues_a_cache(where, run, data):
     assert start + rest == whole
 
 
-@given(models())
-def test_what_is_in_the_cache_counts_for_the_limit(where, model):
+@given(models(), profiles)
+def test_what_is_in_the_cache_counts_for_the_limit(where, model, profile):
     """The room is the cache's, not the model's, and what it holds is used up."""
-    llm = llama(model, where, max_seq_len=4)
+    llm = llama(model, where, **profile, max_seq_len=4)
     cache = llm.new_cache(1, 9)
     llm.forward([0] * 5, cache)
     with pytest.raises(InputError, match=r"7 tokens.* 3 .*max_seq_len 9"):

@@ -41,8 +41,6 @@ class CupyEngine:
 
     def untapped(self, cache: Cache) -> model.Ops:
         """The operations of a call without a tap."""
-        if self.profile.short:
-            return self.tapped
         by_blocks = partial(attention, longest=int(cache.lengths_B.max()))
         return self.tapped._replace(attention=by_blocks)
 
