@@ -516,6 +516,36 @@ def test_candidates_for_which_there_is_no_room_are_counted(wish):
     assert (ids_MC == -1).all()
 
 
+RISING, TIED, EVEN = np.arange(20), np.array([-3] * 19 + [0]), np.zeros(20)
+
+
+@pytest.mark.parametrize(
+    ("row", "wish", "expected"),
+    [
+        (RISING, (1.0, 1, 1.0, 0.0), range(19, 20)),
+        (RISING, (1.0, 5, 1.0, 0.0), range(15, 20)),
+        (RISING, (1.0, 21, 1.0, 0.0), range(20)),
+        (RISING, (1.0, 0, 0.9, 0.0), range(17, 20)),  # 0.63, 0.23, 0.09, and 0.05 for all others
+        (RISING, (2.0, 0, 0.9, 0.0), range(15, 20)),  # 0.08 for all others
+        (TIED, (1.0, 2, 1.0, 0.0), range(20)),
+        (TIED, (1.0, 0, 0.7, 0.0), range(20)),  # 0.51, and 19 times 0.026
+        (TIED, (1.0, 0, 0.4, 0.0), range(19, 20)),
+        (EVEN, (1.0, 0, 1.0, 0.45), range(10)),
+        (EVEN, (1.0, 0, 1.0, 0.55), range(10, 20)),
+    ],
+)
+def test_candidates_that_can_be_counted_by_hand(row, wish, expected):
+    """Beside rows that wish for other things."""
+    wishes = [(1.0, 1, 1.0, 0.0), wish, (1.0, 20, 1.0, 0.0)]
+    facts_M5, ids_MC, _ = sieved(np.tile(row.astype(np.float32), (3, 1)), 2, wishes, 20)
+    assert facts_M5[1, 0] == len(expected)
+    assert ids_MC[1, : len(expected)].tolist() == [*expected]
+    powers_V = powers(row, float(row.max()), wish[0])
+    assert facts_M5[1, 2] == pytest.approx(powers_V.sum(), rel=1e-12)
+    before = powers_V[: expected[0]].sum() if wish[1:3] == (0, 1.0) else 0
+    assert facts_M5[1, 4] == pytest.approx(before, rel=1e-12)
+
+
 @pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
 def test_the_part_of_an_extreme_number_has_ids_that_may_be_drawn(number):
     """Neither parts without ids, nor such whose powers are all 0, however sums are rounded."""

@@ -164,11 +164,11 @@ __device__ __forceinline__ Cut cut_of(const float* peaks, const double* sums, co
     cut.spare = (double)V - k;
   } else if (p < 1.0) {
     cut.spare = (1.0 - p - 0x1p-36) * total;  // sums of V powers are rounded, here and on the host
-  } else {  // the random number is in one part, which has some power
+  } else {  // the random number is in one part
     int size = (V + parts - 1) / parts, part = 0;
     for (int i = 0; i < parts && upto <= wish[3] * total; i++) {
-      if (powers[i] > 0.0) part = i, before = upto;
-      upto += powers[i];
+      part = i, before = upto;
+      upto += powers[i];  // where it exceeds the number, it has grown
     }
     cut.start = min(V, part * size);
     cut.stop = min(V, cut.start + size);
