@@ -268,7 +268,8 @@ def test_the_workspace_that_is_planned_is_above_what_is_used(softcuda, monkeypat
             shares.append(used / cost.workspace_bytes(config, tokens, 300, size=size))
     finally:
         cupy.cuda.set_allocator(old)
-    assert (0.75 if dtype == "float32" else 0.5) < max(shares) <= 1
+    # The plan counts 4 bytes of every number; of 16 bits are those that are not widened just then.
+    assert (0.75 if dtype == "float32" else 0.4) < max(shares) <= 1
 
 
 def test_a_model_that_does_not_fit_is_told_before_anything_is_allocated(softcuda, monkeypatch):
