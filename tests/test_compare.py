@@ -24,7 +24,7 @@ from llama3np.errors import InputError
 from llama3np.load import save_hf
 
 IDS = [1, 5, 2, 7]
-few = settings(max_examples=25)
+few = settings(max_examples=15)
 subjects = candidates.subjects()
 
 

@@ -59,8 +59,7 @@ def precision(
 ) -> Precision:
     """By the profile that the user names, by the candidate's metadata, or by its values.
 
-    Values that are all numbers of a 16-bit type were rounded to it. The embedding is looked at only
-    if there is nothing else: weights may be 16-bit numbers where the arithmetic is not.
+    Values that are all numbers of a 16-bit type were rounded to it.
     Raises InputError for a profile that is none.
     """
     if named is not None:
@@ -75,7 +74,7 @@ def precision(
     told = _ALIASES.get(told, told)
     if told in MATCHING:
         return Precision(told, MATCHING[told], "by its metadata")
-    dtype = _by_values([array for name, array in arrays.items() if name != "embed"])
+    dtype = _by_values(list(arrays.values()))
     return Precision(dtype, MATCHING[dtype], "by its values")
 
 
@@ -102,7 +101,10 @@ def representable(array: np.ndarray, dtype: str) -> bool:
 class Allowance:
     """The error that each tap is allowed, of a candidate of some precision."""
 
-    def __init__(self, budgets: Budgets, precision: Precision, reference: str, factor: float):
+    def __init__(
+        self, budgets: Budgets, precision: Precision, reference: str, factor: float = FACTOR
+    ):
+        """reference: the profile of the trace that is compared with."""
         own = () if reference == "float64" else (reference,)
         for profile in (*precision.profiles, *own):
             if profile not in budgets:
@@ -114,7 +116,7 @@ class Allowance:
         self._candidate = [budgets[profile] for profile in precision.profiles]
         self._own = [budgets[profile] for profile in own]
         self._step = float(ml_dtypes.finfo(precision.dtype).eps) / 2
-        self.factor = factor
+        self.precision, self.reference, self.factor = precision, reference, factor
 
     def __call__(self, name: str, expected: np.ndarray) -> Allowed:
         """What a tap may be off from these expected values.
@@ -127,6 +129,13 @@ class Allowance:
         far, own = largest(self._candidate, name, once), largest(self._own, name, NOTHING)
         root = self.factor * far.nmse**0.5 + own.nmse**0.5
         return Allowed(self.factor * far.max_abs + own.max_abs, root**2)
+
+    def within(self, name: str, found: np.ndarray, expected: np.ndarray) -> bool:
+        """Whether no number of a tap leaves its allowance, and all of them together do not."""
+        allowed = self(name, expected)
+        if beyond(found, expected, allowed).any():
+            return False
+        return measure.nmse(found, expected) <= allowed.nmse
 
 
 def largest(budgets: list[Mapping[str, Mapping[str, float]]], name: str, least: Allowed) -> Allowed:
@@ -149,10 +158,3 @@ def beyond(found: np.ndarray, expected: np.ndarray, allowed: Allowed) -> np.ndar
     near = ((error <= allowed.max_abs) & np.isfinite(error)) | (found == expected)
     masked = (expected == -np.inf) & (found <= MASKED)
     return ~(near | masked | ((found != found) & (expected != expected)))
-
-
-def within(found: np.ndarray, expected: np.ndarray, allowed: Allowed) -> bool:
-    """Whether no number leaves the allowance, and all of them together do not."""
-    if beyond(found, expected, allowed).any():
-        return False
-    return measure.nmse(found, expected) <= allowed.nmse

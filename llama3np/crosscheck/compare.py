@@ -11,7 +11,6 @@ import numpy as np
 from llama3np.crosscheck import measure, taps
 from llama3np.crosscheck.align import Aligned, Alignment, align, sizes
 from llama3np.crosscheck.allowance import (
-    FACTOR,
     MASKED,
     Allowance,
     Allowed,
@@ -19,7 +18,6 @@ from llama3np.crosscheck.allowance import (
     Precision,
     beyond,
     precision,
-    within,
 )
 from llama3np.crosscheck.recognise import head_axis
 from llama3np.crosscheck.schemes import meaning
@@ -101,42 +99,43 @@ def compare(
     "nmse"}}} in place of those in the reference's metadata.
     Raises InputError if nothing can be compared: another text, no tap that is known, no budget.
     """
-    n_layers = sizes(reference)["L"]
-    known = {name: m for name in candidate.arrays if (m := meaning(name, n_layers, names))}
-    shown = {name: candidate.arrays[name] for name, m in known.items() if m.kinds != ("embed",)}
-    kind = precision(candidate.meta, shown or candidate.arrays, profile)
-    given = reference.meta.get("budgets", {}) if budgets is None else budgets
-    own = str(reference.meta.get("profile", "float32"))
-    allowance = Allowance(given, kind, own, FACTOR)
-    alignment = align(
-        reference, candidate, lambda name, f, e: within(f, e, allowance(name, e)), names
-    )
+    allowance = allowance_of(reference, candidate, names, profile, budgets)
+    alignment = align(reference, candidate, allowance.within, names)
     if not alignment.taps:
         raise InputError(
             f"the candidate: expected an array that is a tap of the reference, found "
             f"{', '.join(map(repr, alignment.unused[:3])) or 'none'}; --map tells what is what"
         )
-    return judged(reference, alignment, allowance, kind, own, partial)
+    return judged(reference, alignment, allowance, partial)
+
+
+def allowance_of(
+    reference: Trace,
+    candidate: Trace,
+    names: Mapping[str, str] | None = None,
+    profile: str | None = None,
+    budgets: Budgets | None = None,
+) -> Allowance:
+    """What `compare` allows each tap to be off; raises InputError without a budget for it."""
+    n_layers = sizes(reference)["L"]
+    known = [name for name in candidate.arrays if meaning(name, n_layers, names)]
+    kind = precision(candidate.meta, {name: candidate.arrays[name] for name in known}, profile)
+    given = reference.meta.get("budgets", {}) if budgets is None else budgets
+    return Allowance(given, kind, str(reference.meta.get("profile", "float32")))
 
 
 def judged(
-    reference: Trace,
-    alignment: Alignment,
-    allowance: Allowance,
-    kind: Precision,
-    own: str,
-    partial: bool,
+    reference: Trace, alignment: Alignment, allowance: Allowance, partial: bool
 ) -> Comparison:
     """Measure what is aligned, and come to a verdict."""
-    rows = [row(tap, allowance, kind.dtype) for tap in alignment.taps.values()]
+    rows = [row(tap, allowance) for tap in alignment.taps.values()]
     wrong = next((each.name for each in rows if not each.agrees), None)
     first = locate(alignment.taps[wrong], allowance) if wrong else None
     missing = [name for name in taps.order(sizes(reference)["L"]) if name in reference.arrays]
     missing = [name for name in missing if name not in alignment.taps]
     verdict = "incomplete" if MANDATORY in missing and not partial else "agree"
-    notes = list(alignment.notes)
-    if own != "float64":
-        notes.insert(0, f"the reference is itself a {own} trace: its own error is allowed too")
+    own = allowance.reference
+    itself = f"the reference is itself a {own} trace: its own error is allowed too"
     return Comparison(
         "diverge" if first else verdict,
         first,
@@ -145,13 +144,13 @@ def judged(
         missing,
         alignment.unused,
         flips(alignment.taps.get("logits"), allowance),
-        notes,
-        kind,
+        [itself] * (own != "float64") + alignment.notes,
+        allowance.precision,
         allowance.factor,
     )
 
 
-def row(tap: Aligned, allowance: Allowance, dtype: str) -> Row:
+def row(tap: Aligned, allowance: Allowance) -> Row:
     """All distances of one tap."""
     if tap.found is None:
         return Row(tap.name, tap.source, agrees=False)
@@ -161,12 +160,12 @@ def row(tap: Aligned, allowance: Allowance, dtype: str) -> Row:
     return Row(
         tap.name,
         tap.source,
-        within(found, expected, allowed),
+        allowance.within(tap.name, found, expected),
         allowed,
         measure.max_abs(found, expected),
         measure.nmse(found, expected),
         measure.cosine(found, expected),
-        measure.ulps(found, expected, dtype),
+        measure.ulps(found, expected, allowance.precision.dtype),
         None if kl_T is None else (float(kl_T.mean()), float(kl_T.max())),
     )
 
@@ -183,27 +182,33 @@ def locate(tap: Aligned, allowance: Allowance) -> Divergence:
     dims = taps.DIMS[kind]
     if tap.found is None:
         return Divergence(tap.name, unreadable(tap), layer)
-    allowed = allowance(tap.name, tap.expected)
-    wrong = beyond(tap.found, tap.expected, allowed)
-    single, T = bool(wrong.any()), dims.index("T")
-    where = first_of(wrong, T) if single else np.isfinite(tap.expected)
-    with np.errstate(invalid="ignore"):
-        error = np.abs(tap.found.astype(np.float64) - tap.expected.astype(np.float64))
-    error = np.where(where, np.nan_to_num(error, nan=np.inf), -1)
-    at = np.unravel_index(int(error.argmax()), error.shape)
+    at, single = worst(tap, allowance(tap.name, tap.expected))
     heads = head_axis(dims)
     expected, found = float(tap.expected[at]), float(tap.found[at])
     return Divergence(
         tap.name,
         reason(expected, found, single),
         layer,
-        tap.positions[at[T]],
-        None if heads is None else int(at[heads]),
-        int(at[-1]),
+        tap.positions[at[dims.index("T")]],
+        None if heads is None else at[heads],
+        at[-1],
         expected,
         found,
-        allowed.max_abs,
+        allowance(tap.name, tap.expected).max_abs,
     )
+
+
+def worst(tap: Aligned, allowed: Allowed) -> tuple[tuple[int, ...], bool]:
+    """The index that `locate` tells, and whether that number alone is beyond what is allowed."""
+    assert tap.found is not None
+    wrong = beyond(tap.found, tap.expected, allowed)
+    T = taps.DIMS[taps.parse(tap.name)[1]].index("T")
+    where = first_of(wrong, T) if wrong.any() else np.isfinite(tap.expected)
+    with np.errstate(invalid="ignore"):
+        error = np.abs(tap.found.astype(np.float64) - tap.expected.astype(np.float64))
+    error = np.where(where, np.nan_to_num(error, nan=np.inf), -1)
+    at = np.unravel_index(int(error.argmax()), error.shape)
+    return tuple(map(int, at)), bool(wrong.any())
 
 
 def first_of(wrong: np.ndarray, axis: int) -> np.ndarray:

@@ -79,7 +79,7 @@ class Positions:
     def __init__(self, reference: Mapping[str, Any], candidate: Mapping[str, Any]):
         self.total = len(reference["ids"])
         self.ours: list[int] = list(reference.get("positions") or range(self.total))
-        self.theirs: list[int] | None = candidate.get("positions")
+        self.theirs: list[int] | None = candidate.get("positions") or None
 
     def rows(self, count: int) -> tuple[list[int], list[int]] | None:
         """Rows of ours and of theirs that are the same positions; None if there are none.
