@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import paths
@@ -162,6 +166,24 @@ def test_a_disk_without_room_is_told_before_anything_runs(command, monkeypatch, 
     assert status == 2
     assert "t.npz: needs " in stderr
     assert "has 1,000 free (--layers, --positions and --taps bound the size)" in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["t.safetensors", "t.npz", "t"])
+def test_ctrl_c_leaves_nothing(tiny, tmp_path, out):
+    ids = ",".join("1" for _ in range(3000))
+    args = ["trace", tiny, "--prompt-ids", ids, "--prefill", "1", "--taps", "logits", "-o", out]
+    code = "import sys; from llama3np.cli import main; sys.exit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *args, "--engine", "numpy", "--no-budgets"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not list(tmp_path.iterdir()) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (130, "")
+    assert stderr == f"{out}: 1 tap at 3000 of 3000 positions, 360 kB\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def fresh(path):
 def write(path, given_arrays, meta=META):
     specs = {name: Spec(a.shape, a.dtype) for name, a in given_arrays.items()}
     with output.new_trace(path, specs, meta) as places:
-        for name in reversed(places):  # in any order
+        for name in reversed(list(places)):  # in any order
             places[name][...] = given_arrays[name]
     return path
 
@@ -158,6 +159,27 @@ def test_a_failure_leaves_nothing_behind(tmp_path, name):
     with pytest.raises(KeyboardInterrupt), output.new_trace(tmp_path / "a" / name, specs, {}):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_written_does_not_stay_mapped(tmp_path, name):
+    """Else a trace would take as much memory as it is large."""
+    specs = {n: Spec(a.shape, a.dtype) for n, a in SMALL.items()}
+    with output.new_trace(tmp_path / name, specs, {}) as places:
+        place = places["logits"]
+        if sys.platform == "linux":
+            assert mapped(tmp_path) == 1
+        place[...] = 1
+        del place
+        for tap in places:
+            places[tap][...] = 1
+        assert mapped(tmp_path) == 0
+
+
+def mapped(folder):
+    """How many maps of files in a folder this process has."""
+    maps = Path("/proc/self/maps")
+    return maps.read_text().count(f" {folder}/") if maps.exists() else 0
 
 
 @pytest.mark.parametrize("name", NAMES)
