@@ -95,6 +95,16 @@ def test_greedy_tokens_are_traced_one_at_a_time(command, tiny):
     assert found.arrays["logits"].argmax(-1)[3:6].tolist() == ids[4:]
 
 
+def test_a_stop_token_does_not_end_a_trace(tiny, capsys, monkeypatch, tmp_path):
+    shutil.copytree(tiny, tmp_path / "stops")
+    (tmp_path / "stops" / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": list(range(TINY.vocab_size))})
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["trace", "stops", *PLAIN, "--decode", "3", "-o", "t"]) == 0
+    assert len(files.read("t").meta["ids"]) == 7
+
+
 def test_float64_is_the_oracle(command, tiny):
     assert command(*PLAIN, "--profile", "float64", "-o", "t.npz")[0] == 0
     found = files.read("t.npz")

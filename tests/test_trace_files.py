@@ -201,6 +201,15 @@ def test_a_trace_larger_than_the_disk_is_refused(tmp_path, name):
     assert output.room_for(tmp_path / name, {"q": Spec((2, 3), np.dtype("<f4"))}) == 24
 
 
+def test_an_npz_file_needs_room_for_two(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=30))
+    specs = {"q": Spec((2, 3), np.dtype("<f4"))}
+    assert output.room_for(tmp_path / "t", specs) == 24
+    with pytest.raises(InputError, match="needs 48 bytes"):
+        output.room_for(tmp_path / "t.npz", specs)
+
+
 # ---- what others wrote --------------------------------------------------------------------------
 
 
@@ -335,6 +344,7 @@ BAD_MANIFESTS = {
     "shape": ({"arrays": [ITEM | {"shape": [-1]}]}, "the array 'q': expected name"),
     "outside": ({"arrays": [ITEM | {"file": "../q.f32"}]}, "found '../q.f32'"),
     "size": ({"arrays": [ITEM | {"shape": [3]}]}, "takes 12 bytes, found 8"),
+    "more": ({"arrays": [ITEM | {"shape": [1]}]}, "takes 4 bytes, found 8"),
     "absent": ({"arrays": [ITEM | {"file": "x.f32"}]}, "x.f32: cannot be read"),
     "twice": ({"arrays": [ITEM, ITEM]}, "is there twice"),
     "ids": ({"arrays": [ITEM], "metadata": {"ids": "1,2"}}, "ids: expected a list of whole"),

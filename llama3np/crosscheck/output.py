@@ -57,8 +57,8 @@ def form(path: str | Path) -> Callable[..., Writing]:
 def room_for(path: str | Path, specs: Mapping[str, Spec]) -> int:
     """The bytes of a trace's numbers. Raises InputError if the disk has not the room for them.
 
-    An .npz file takes it twice while it is written: its members follow one another, but a trace
-    with decode steps grows at all of them.
+    An .npz file takes it twice while it is written: zip archives grow at their end alone, but a
+    trace with decode steps grows within every array.
     """
     path, size = Path(path), sum(spec.nbytes for spec in specs.values())
     needed = size * (2 if path.suffix.lower() == ".npz" else 1)
