@@ -150,11 +150,12 @@ class Needs(NamedTuple):
 def workspace_bytes(config: Config, tokens: int, context: int, rows: int = 1, size: int = 4) -> int:
     """An upper bound of what a call of `tokens` tokens, all rows counted, needs beside the cache.
 
-    size: bytes of a number. Of each token there are at most 8 vectors of width D or N H at a time,
-    6 of width F (in swiglu), or, when the layers are done, the logits; of the keys, or values, that
-    are seen 2 copies (widened, and laid out for a product); 4 kinds of scores; and a tile.
+    size: bytes of a number; those of 2 are widened to compute, and take 4. Of each token there are
+    at most 8 vectors of width D or N H at a time, 6 of width F (in swiglu), or, when the layers are
+    done, the logits; of the keys, or values, that are seen 2 copies (widened, and laid out for a
+    product); 4 kinds of scores; and a tile.
     """
-    c = config
+    c, size = config, max(size, 4)
     wide = max(c.dim, c.n_heads * c.head_dim)
     per_token = max(8 * wide + 6 * c.ffn_dim, 2 * wide + c.vocab_size)
     seen = 2 * rows * context * c.n_kv_heads * c.head_dim

@@ -26,7 +26,7 @@ class Wish:
     context: int  # tokens
     kv: str  # how keys and values are stored, one of cost.CACHE_BYTES
     chunk: int  # tokens that are fed at a time
-    size: int = 4  # bytes of a number in the arithmetic
+    size: int = 4  # bytes of an activation; with 2, weights have as many whatever their storage
 
     def needs(
         self, weights: int | None = None, context: int | None = None, kv: str | None = None
@@ -64,10 +64,10 @@ def alternatives(wish: Wish, free: int) -> Iterator[str]:
     """What would fit into `free` bytes: each way is one change, with its number."""
     if (context := longest(wish, free, wish.kv)) >= LEAST:
         yield f"--max-seq-len {context}"
-    if wish.kv != "bf16" and wish.size == 4 and (context := longest(wish, free, "bf16")) >= LEAST:
+    if wish.kv == "f32" and (context := longest(wish, free, "bf16")) >= LEAST:
         shorter = f" with --max-seq-len {context}" if context < wish.context else ""
         yield f"--kv-dtype bf16{shorter}"
-    for name in SMALLER:
+    for name in SMALLER if wish.size > 2 else ():
         needs = wish.needs(weights=cost.weight_bytes(wish.config, name))
         if needs.weights < wish.weights and needs.total <= free:
             yield f"weights in {name} ({_gb(needs.total)})"

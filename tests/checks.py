@@ -37,8 +37,14 @@ def difference(actual, expected):
     """The largest |actual - expected| over the largest |expected|, of the finite entries."""
     actual, expected = wide(actual), wide(expected)
     finite = np.isfinite(expected)
-    scale = np.abs(expected[finite]).max(initial=0)
-    return np.abs(actual[finite] - expected[finite]).max(initial=0) / (scale or 1)
+    error = np.abs(actual[finite] - expected[finite]).max(initial=0)
+    return error / (largest(expected) or 1)
+
+
+def largest(array):
+    """The largest magnitude of the finite entries."""
+    array = wide(array)
+    return np.abs(array[np.isfinite(array)]).max(initial=0)
 
 
 def wide(array):

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 import llama3np.params
 from llama3np.config import PAIRINGS, Config, RopeScaling
+from llama3np.numerics import PROFILES
 
 STORED = ("float32", "float16", "bfloat16")
+SHORT = tuple(name for name, profile in PROFILES.items() if profile.short)  # of 16 bits
 MAX_TOKENS = 8
 
 seeds = st.integers(0, 2**32 - 1)

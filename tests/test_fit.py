@@ -93,3 +93,14 @@ def test_more_of_anything_needs_more(config, tokens, context, more):
     assert few <= cost.workspace_bytes(config, tokens + more, context)
     assert few <= cost.workspace_bytes(config, tokens, context + more)
     assert few < cost.workspace_bytes(config, tokens, context, size=8)
+
+
+@pytest.mark.parametrize("kv", ["bf16", "f16"])
+def test_16_bits_need_the_workspace_of_float32_and_no_blocks_are_proposed(kv):
+    """What is computed is widened; and weights are rounded to 16 bits whatever their storage."""
+    short, wide = wish(LLAMA_8B, kv=kv, size=2), wish(LLAMA_8B, kv=kv)
+    assert short.needs() == wide.needs()
+    ways = list(fit.alternatives(short, 16_500_000_000))
+    assert [way for way in fit.alternatives(wide, 16_500_000_000) if "weights in" in way]
+    assert ways
+    assert not [way for way in ways if "weights in" in way or "--kv-dtype" in way]

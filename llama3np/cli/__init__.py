@@ -26,6 +26,8 @@ COMMANDS = {
     "plan": "say what fits into memory, and how fast it can be at best",
     "bench": "measure speed, beside the limits of this machine and other programs",
     "trace": "write every intermediate result of a run, to check another implementation with",
+    "compare": "find the first operation in which another implementation's trace goes wrong",
+    "diagnose": "say which mistake explains another implementation's trace",
     "score": "perplexity of a text, and how far from another model's predictions",
     "convert": "write a checkpoint in another format: Hugging Face, Meta, GGUF",
     "verify": "compare a checkpoint with what is publicly known of its model",
@@ -56,11 +58,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         return top.parse_args(argv[:1])
     module = importlib.import_module(f"llama3np.cli.{argv[0]}")
     command = Parser(prog=f"llama3np {argv[0]}", description=COMMANDS[argv[0]])
-    model = command.add_argument(
-        "model", metavar="MODEL", help="a path, or an installed model: smollm2"
-    )
-    if getattr(module, "MODEL_IS_OPTIONAL", False):
-        model.nargs, model.required = "?", False
+    if getattr(module, "TAKES_MODEL", True):
+        model = command.add_argument(
+            "model", metavar="MODEL", help="a path, or an installed model: smollm2"
+        )
+        if getattr(module, "MODEL_IS_OPTIONAL", False):
+            model.nargs, model.required = "?", False
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     module.arguments(command)

@@ -32,7 +32,9 @@ DEFAULT = "default"  # as --temperature: the sampling that the model's files rec
 def load_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of loading."""
     compute_arguments(parser)
-    parser.add_argument("--dtype", default="float32", choices=PROFILES, help="precision profile")
+    parser.add_argument(
+        "--dtype", default="float32", choices=PROFILES, help="precision profile (docs/numerics.md)"
+    )
     parser.add_argument("--max-seq-len", type=int, metavar="N", help="prompt + new tokens at most")
     parser.add_argument(
         "--prefill-chunk", type=int, metavar="N", help=f"prompt tokens at a time: {CHUNK}"
@@ -50,7 +52,7 @@ def compute_arguments(parser: argparse.ArgumentParser) -> None:
         help="numba where it is installed; on cuda: cuda, or cupy for the plain operations",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="the physical cores if not given")
-    parser.add_argument("--kv-dtype", choices=KV_DTYPES, help="of cached keys and values: f32")
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES, help="of keys and values: the profile's")
     rope_argument(parser)
 
 

@@ -12,7 +12,7 @@ from llama3np import cost
 from llama3np.chat import chat_format
 from llama3np.cli import common
 from llama3np.errors import InputError
-from llama3np.llm import DEFAULT_CONTEXT
+from llama3np.llm import DEFAULT_CONTEXT, SHORT_NAMES
 from llama3np.load import Inspection, Stored
 from llama3np.numerics import PROFILES, profile
 from llama3np.params import Layer
@@ -20,7 +20,9 @@ from llama3np.params import Layer
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument("--dtype", default="float32", choices=PROFILES, help="precision profile")
+    parser.add_argument(
+        "--dtype", default="float32", choices=PROFILES, help="precision profile (docs/numerics.md)"
+    )
     parser.add_argument("--max-seq-len", type=int, metavar="N", help="prompt + new tokens at most")
     common.rope_argument(parser)
 
@@ -50,7 +52,7 @@ def describe(found: Inspection, dtype: str, max_seq_len: int | None) -> dict[str
     if length < 1:
         raise InputError(f"--max-seq-len: expected 1 or more, found {length}")
     parts = cost.parameters(config)
-    kept = {"float32": "f32", "float64": "f64"}[profile(dtype).dtype]
+    kept = SHORT_NAMES[profile(dtype).dtype]
     return {
         "layout": found.layout,
         "structure": structure(found.tensors, config.n_layers, config.tied),

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from llama3np.config import Config, RopeScaling
-from llama3np.crosscheck.mutations import Case, Mutation, Setting, configured
+from llama3np.crosscheck.mutations import Case, Mutation, Setting, configured, relayered
 from llama3np.load.names import to_half, to_interleaved
 from llama3np.params import Layer, mapped
 
@@ -107,7 +107,7 @@ def reweighed(run: Setting, **changes: Callable[[np.ndarray], np.ndarray]) -> Se
             }
         )
 
-    return run._replace(params=run.params._replace(layers=tuple(map(changed, run.params.layers))))
+    return run._replace(params=relayered(run.params, run.params.layers, changed))
 
 
 def misread(w: np.ndarray) -> np.ndarray:
@@ -144,12 +144,11 @@ def k_permuted(run: Setting) -> Iterator[Case]:
 def swapped(one: str, other: str) -> Callable[[Setting], Iterable[Case]]:
     """Two matrices of one shape in each other's place."""
 
+    def change(layer: Layer) -> Layer:
+        return layer._replace(**{one: getattr(layer, other), other: getattr(layer, one)})
+
     def cases(run: Setting) -> Iterator[Case]:
-        layers = tuple(
-            layer._replace(**{one: getattr(layer, other), other: getattr(layer, one)})
-            for layer in run.params.layers
-        )
-        yield "", run._replace(params=run.params._replace(layers=layers))
+        yield "", run._replace(params=relayered(run.params, run.params.layers, change))
 
     return cases
 
@@ -171,21 +170,25 @@ def shards(run: Setting) -> Iterator[Case]:
 
 def embedding_shards(run: Setting) -> Iterator[Case]:
     """Tables cut by rows or columns, and ways to look ids up wrongly."""
-    embed_VD, (V, D) = np.asarray(run.params.embed_VD), run.params.embed_VD.shape
+    (V, D), w, ids_T = run.params.embed_VD.shape, run.params.embed_VD, np.array(run.ids)
     for n in (2, 4, 8):
         if V % n == 0:
-            rows = embed_VD.reshape(n, V // n, D)
-            yield f"{n} shards, each id in the first", embedded(run, np.concatenate([rows[0]] * n))
-            yield f"{n} shards in reverse order", embedded(run, rows[::-1].reshape(V, D))
-        if D % n == 0:
-            yield (
-                f"{n} shards of columns, merged by rows",
-                embedded(run, merged_wrong(embed_VD, n, 1)),
-            )
+            shard_T, row_T = np.divmod(ids_T, V // n)
+            yield f"{n} shards, each id in the first", embedded(run, w[row_T])
+            other_T = (n - 1 - shard_T) * (V // n) + row_T
+            yield f"{n} shards in reverse order", embedded(run, w[other_T])
+        if D % n == 0:  # of n * V rows of D/n columns, n are read as one row
+            part_TN = ids_T[:, None] * n + np.arange(n)
+            parts_TNND = w[part_TN % V].reshape(len(ids_T), n, n, D // n)
+            mixed_TND = np.take_along_axis(parts_TNND, (part_TN // V)[:, :, None, None], axis=2)
+            form = f"{n} shards of columns, merged by rows"
+            yield form, embedded(run, mixed_TND.reshape(len(ids_T), D))
 
 
-def embedded(run: Setting, embed_VD: np.ndarray) -> Setting:
-    """The run with another table to look ids up in; the head stays."""
+def embedded(run: Setting, rows_TD: np.ndarray) -> Setting:
+    """The run with other rows looked up for its ids; the head stays."""
+    embed_VD = np.zeros(run.params.embed_VD.shape, rows_TD.dtype)  # untouched pages cost nothing
+    embed_VD[list(run.ids)] = rows_TD
     return run._replace(params=run.params._replace(embed_VD=embed_VD))
 
 
@@ -209,7 +212,12 @@ def rounded(to: Callable[[np.ndarray], np.ndarray]) -> Callable[[Setting], Itera
         wide = np.asarray(w)
         return to(wide.astype(np.float32)).astype(wide.dtype)
 
-    return lambda run: [("", run._replace(params=mapped(run.params, change)))]
+    def cases(run: Setting) -> Iterator[Case]:
+        rest = mapped(run.params._replace(layers=()), change)
+        params = relayered(rest, run.params.layers, lambda layer: Layer(*map(change, layer)))
+        yield "", run._replace(params=params)
+
+    return cases
 
 
 def cut_bits(wide: np.ndarray) -> np.ndarray:

@@ -98,4 +98,4 @@ def finite(found: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def _number(value: float) -> float:
     """A number that can be compared: what is not one is infinitely large."""
-    return np.inf if np.isnan(value) else float(value)
+    return float(np.inf if np.isnan(value) else value)

@@ -15,11 +15,13 @@ import llama3np.cache
 import llama3np.model
 from llama3np.backend import narrow
 from llama3np.crosscheck.changes import cut_bits
-from llama3np.crosscheck.mutations import Edit, Setting
+from llama3np.crosscheck.mutations import Edit, Setting, relayered
 from llama3np.numerics import Profile
 
 SOURCES = {"model": llama3np.model, "cache": llama3np.cache}
 See = Callable[[int, str, np.ndarray], None]  # the first position of the call, tap, array
+
+Product = Callable[[np.ndarray, Any], np.ndarray]
 
 
 def source(module: str, edits: tuple[Edit, ...]) -> str:
@@ -68,15 +70,18 @@ def cut(array: Any, like: Any) -> Any:
     return cut_bits(np.ascontiguousarray(array, np.float32)).astype(like.dtype)
 
 
-def run(setting: Setting, profile: Profile, linear: Any, see: See) -> None:
+def run(setting: Setting, profile: Profile, product: Product | None, see: See) -> None:
     """Run the ids: the prefill in one call, the others one at a time; show every tap of every call.
 
-    linear: in place of the spec's own, or None. see(start, name, array) is shown arrays of one
-    sequence, without a B axis, of the positions from start on; it may raise, to end the run.
+    product: x_MD @ w.T in place of the spec's own, which is slow, or None. see(start, name, array)
+    is shown arrays of one sequence, without a B axis, of the positions from start on; it may raise,
+    to end the run.
     """
     model, cache = (compiled(name, setting.edits) for name in SOURCES)
     params, config = layers_in_order(setting)
-    ops = model.PLAIN if linear is None else model.PLAIN._replace(linear=linear)
+    ops = model.PLAIN
+    if product is not None:
+        ops = ops._replace(linear=partial(linear, model, product))
     if profile.narrow_tables:
         ops = ops._replace(rope=partial(narrow_rope, model))
     memory = cache.new_cache(config, 1, len(setting.ids) + 1, profile.dtype)
@@ -96,9 +101,9 @@ def layers_in_order(setting: Setting) -> tuple[Any, Any]:
     """Params and config of the layers that run, in their order."""
     if setting.order is None:
         return setting.params, setting.config
-    layers = tuple(setting.params.layers[i] for i in setting.order)
-    config = replace(setting.config, n_layers=len(layers))
-    return setting.params._replace(layers=layers), config
+    config = replace(setting.config, n_layers=len(setting.order))
+    layers = setting.params.layers
+    return relayered(setting.params, setting.order, lambda i: layers[i]), config
 
 
 def named_tap(setting: Setting, see: Callable[[str, np.ndarray], None]) -> Any:
@@ -111,6 +116,12 @@ def named_tap(setting: Setting, see: Callable[[str, np.ndarray], None]) -> Any:
         see(name, array[0])
 
     return tap
+
+
+def linear(model: Any, product: Product, x_BTD: Any, w: Any) -> Any:
+    """model.linear by another product, rounded as the mutated spec rounds."""
+    x_MD = model.widen(x_BTD.reshape(-1, x_BTD.shape[-1]))
+    return model.narrow(product(x_MD, w), x_BTD).reshape(*x_BTD.shape[:-1], w.shape[0])
 
 
 def narrow_rope(model: Any, x_BTNH: Any, cos_BTP: Any, sin_BTP: Any, pairing: str) -> Any:

@@ -7,12 +7,12 @@ order of the layers or the token ids. edits.py and changes.py hold the two table
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 from llama3np.config import Config
-from llama3np.params import Params
+from llama3np.params import Layer, Params
 
 
 class Edit(NamedTuple):
@@ -21,6 +21,29 @@ class Edit(NamedTuple):
     old: str  # stands in the module's text exactly once
     new: str
     module: str = "model"  # or "cache"
+
+
+class Layers(Sequence):
+    """Layers that are changed when they are first asked for: most runs are given up early."""
+
+    def __init__(self, items: Sequence[Any], change: Callable[[Any], Layer]):
+        self._items, self._change = items, change
+        self._made: dict[int, Layer] = {}
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, i: Any) -> Any:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        if i not in self._made:
+            self._made[i] = self._change(self._items[i])
+        return self._made[i]
+
+
+def relayered(params: Params, items: Sequence[Any], change: Callable[[Any], Layer]) -> Params:
+    """Params whose layers are made of other things when they are first asked for."""
+    return params._replace(layers=Layers(items, change))  # type: ignore[arg-type]
 
 
 class Setting(NamedTuple):

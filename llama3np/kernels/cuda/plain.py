@@ -41,8 +41,6 @@ class CupyEngine:
 
     def untapped(self, cache: Cache) -> model.Ops:
         """The operations of a call without a tap."""
-        if self.profile.short:
-            return self.tapped
         by_blocks = partial(attention, longest=int(cache.lengths_B.max()))
         return self.tapped._replace(attention=by_blocks)
 
@@ -56,7 +54,7 @@ class CupyEngine:
         ops = self.untapped(cache) if tap is None else self.tapped
         c, dtype = self.config, self.profile.dtype
         try:
-            with on(self.device):
+            with on(self.device), gemm.exact():
                 logits_BTV, _ = model.forward(
                     self.params, c, ids_BT, cache, new_B, dtype, ops, tap, last_only
                 )

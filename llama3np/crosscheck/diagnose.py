@@ -1,0 +1,229 @@
+"""Say what is wrong with a candidate: run the spec with each mutation, and see which explains it.
+
+The unmutated spec comes first: if the candidate is as near to it as honest noise allows, nothing
+is wrong. A mutation explains the candidate if its run is as near at every tap of every call, so
+that the damage which a mistake does downstream is no evidence for or against anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from llama3np.crosscheck import mutant
+from llama3np.crosscheck.align import align
+from llama3np.crosscheck.allowance import precision
+from llama3np.crosscheck.evidence import Candidate, Runner, Unit, Weights, error
+from llama3np.crosscheck.judge import (
+    Judge,
+    Outcome,
+    Trial,
+    divergence,
+    evidence,
+    explained,
+    likeliest,
+    rank,
+    score,
+)
+from llama3np.crosscheck.mutations import Mutation, Setting, table
+from llama3np.crosscheck.taps import Trace
+from llama3np.errors import InputError
+from llama3np.llm import Llama
+from llama3np.numerics import PROFILES
+from llama3np.threads import single_threaded_blas
+
+PAIRED_WITH = 4  # of the mutations that help, so many are tried together with others
+SURE = 3  # times the finer budget: what the spec must be off before a 16-bit mistake is believed
+
+# ---- sweeps --------------------------------------------------------------------------------------
+
+
+def sweep(
+    judge: Judge, run: Setting, known: Outcome, mutations: Iterable[Mutation]
+) -> Iterator[Trial]:
+    """A trial of every form of every mutation of a run, whose own outcome is known."""
+    nothing_wrong = explained(known, judge.budget)  # then one visible form of each tells enough
+    for mutation in mutations:
+        seen = False
+        for where, setting in forms(mutation, run):
+            if nothing_wrong and seen:
+                break
+            if setting.called != setting.order and seen and not judge.candidate.layered:
+                continue  # the same run, its layers called otherwise
+            outcome = judge.outcome(setting, known, seen)
+            seen = seen or outcome.visible
+            yield Trial(mutation.id, where, setting, outcome)
+
+
+def forms(mutation: Mutation, run: Setting) -> Iterator[tuple[str, Setting]]:
+    """Those forms of a mutation that can be run: of a pair, edits may want the same passage."""
+    for where, setting in mutation.cases(run):
+        try:
+            for module in mutant.SOURCES:
+                mutant.source(module, setting.edits)
+        except ValueError:
+            continue
+        yield where, setting
+
+
+def pairs(judge: Judge, plain: Outcome, trials: Sequence[Trial]) -> Iterator[Trial]:
+    """Trials of two mutations: one that helps by itself, and any other that helps the more.
+
+    Where a candidate holds hardly more than its logits, the other one must help by itself too.
+    """
+    helping = sorted((t for t in trials if helps(t, plain, judge)), key=lambda t: rank(t, judge))
+    known = table()
+    others = [known[id] for id in dict.fromkeys(trial.id for trial in helping)][: 2 * PAIRED_WITH]
+    for one in helping[:PAIRED_WITH]:
+        wanted = known.values() if judge.candidate.layered else others
+        for two in sweep(judge, one.setting, one.outcome, (m for m in wanted if m.id != one.id)):
+            where = ", ".join(filter(None, (one.where, two.where)))
+            yield Trial(f"{one.id}+{two.id}", where, two.setting, two.outcome)
+
+
+def helps(trial: Trial, plain: Outcome, judge: Judge) -> bool:
+    """Whether a mutation alone makes the candidate diverge later, or less."""
+    before, after = evidence(trial, plain, judge)
+    mine, first = divergence(trial.outcome, judge), divergence(plain, judge)
+    if not trial.outcome.visible or mine is None or first is None:
+        return False
+    return judge.order[mine] > judge.order[first] or after < 0.8 * before
+
+
+# ---- the diagnosis -------------------------------------------------------------------------------
+
+
+class Diagnosis(NamedTuple):
+    """The result; errors are in units of the budget, 1 for what is within it."""
+
+    status: str  # "agrees", "explained" or "unexplained"
+    explaining: list[Trial]  # the likeliest first
+    ranked: list[Trial]  # all that change what the candidate holds, the best first
+    invisible: list[str]  # ids of those that do not
+    inapplicable: list[str]  # ids of those that cannot be made of this model and run
+    plain: Outcome  # of the unmutated spec
+    judge: Judge
+
+
+def diagnose(
+    llm: Llama,
+    candidate: Trace,
+    ids: Sequence[int] | None = None,
+    prefill: int | None = None,
+    names: Mapping[str, str] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Diagnosis:
+    """Find the mutation, or the pair, that explains a candidate.
+
+    llm: the model in float32. candidate: any of its taps, as files.read gives them. ids, prefill:
+    what it should have been run on; those of its metadata if None. names: as in align.
+    Raises InputError without ids, and for a candidate that holds no tap.
+    """
+    base = setting_of(llm, candidate, ids, prefill)
+    with single_threaded_blas():  # its threads wait longer for each other than they work
+        judge, plain = chosen(llm, base, candidate, names)
+        trials: list[Trial] = []
+        for mutation in table().values():
+            if progress:
+                progress(mutation.id)
+            trials += sweep(judge, base, plain, [mutation])
+        return concluded(judge, plain, trials)
+
+
+def setting_of(
+    llm: Llama, candidate: Trace, ids: Sequence[int] | None, prefill: int | None
+) -> Setting:
+    """The run that the candidate should have been."""
+    if llm.profile.name != "float32":
+        raise InputError(f"diagnose: expected the model in float32, found {llm.profile.name}")
+    ids = candidate.meta.get("ids") if ids is None else ids
+    if ids is None:
+        raise InputError("diagnose: the candidate has no ids in its metadata: give --prompt-ids")
+    ids = tuple(llm.encode(ids))
+    prefill = candidate.meta.get("prefill", len(ids)) if prefill is None else prefill
+    if not 1 <= prefill <= len(ids):
+        raise InputError(f"prefill: expected 1 to {len(ids)} tokens, found {prefill}")
+    bos_id = llm.tokenizer.bos_id if llm.tokenizer else None
+    return Setting(llm.config, llm.params, ids, prefill, bos_id)
+
+
+def chosen(
+    llm: Llama, base: Setting, trace: Trace, names: Mapping[str, str] | None
+) -> tuple[Judge, Outcome]:
+    """The judge of that profile of the candidate's precision to which it is nearest."""
+    kind = precision(trace.meta, {n: a for n, a in trace.arrays.items() if n != "embed"})
+    weights = Weights(llm)
+    truth = Runner(llm, PROFILES["float64"], weights).record(base)
+    found = []
+    for name in kind.profiles:
+        runner = Runner(llm, PROFILES[name], weights)
+        plain = runner.record(base)
+        candidate = aligned(runner, base, plain, trace, names)
+        judge = Judge(runner, base, plain, candidate, truth)
+        outcome = judge.outcome(base)
+        found.append((score(outcome.ratios(judge.fine).values()), judge, outcome))
+    _, judge, outcome = min(found, key=lambda one: one[0])
+    judge.agrees = explained(outcome, judge.wide)
+    return judge, outcome
+
+
+def aligned(
+    runner: Runner,
+    base: Setting,
+    plain: Mapping[str, np.ndarray],
+    trace: Trace,
+    names: Mapping[str, str] | None,
+) -> Candidate:
+    """The candidate in our dimensions: beside the run whose length is that of its own.
+
+    Ids that are a BOS too few or too many are a mistake to be named, so they may be another run's.
+    """
+    bos = (table()[id].cases(base) for id in ("bos-missing", "bos-doubled"))
+    for setting in (base, *(setting for cases in bos for _, setting in cases)):
+        if tuple(trace.meta.get("ids", setting.ids)) != setting.ids:
+            continue
+        arrays = plain if setting is base else runner.record(setting)
+        meta = {"config": base.config.__dict__, "ids": setting.ids}
+        found = align(Trace(arrays, meta), trace, near, names)
+        candidate = Candidate(found, setting)
+        if candidate.taps:
+            return candidate
+    raise InputError(
+        f"the candidate: expected taps of {len(base.ids)} positions (or of the last one), found "
+        f"none: its names, shapes or ids are of another run"
+    )
+
+
+def near(name: str, found: np.ndarray, expected: np.ndarray) -> bool:
+    """Whether a tap is right, for the recognition of layouts."""
+    return error(name, found, expected) < 1e-3
+
+
+def concluded(judge: Judge, plain: Outcome, trials: list[Trial]) -> Diagnosis:
+    """The verdict over a sweep; pairs are tried if it comes to none."""
+    seen = [trial for trial in trials if trial.outcome.visible]
+    explaining: list[Trial] = []
+    if max(plain.ratios(judge.budget).values()) > (SURE if judge.agrees else 1):
+        explaining = fitting(seen, judge.budget)
+    if not judge.agrees and not explaining:
+        two = [trial for trial in pairs(judge, plain, seen) if trial.outcome.visible]
+        explaining, seen = fitting(two, judge.budget), seen + two
+    visible = {trial.id for trial in seen}
+    ids = dict.fromkeys(trial.id for trial in trials)
+    return Diagnosis(
+        "explained" if explaining else "agrees" if judge.agrees else "unexplained",
+        explaining,
+        sorted(seen, key=lambda trial: rank(trial, judge)),
+        [id for id in ids if id not in visible],
+        [id for id in table() if id not in ids],
+        plain,
+        judge,
+    )
+
+
+def fitting(trials: Iterable[Trial], budget: Mapping[Unit, float]) -> list[Trial]:
+    """The trials that explain the candidate, the likeliest first."""
+    found = [trial for trial in trials if explained(trial.outcome, budget)]
+    return likeliest(found, budget) if found else []
