@@ -1,8 +1,8 @@
 # make run   - install into .venv, fetch a small real model, generate text with it
 # make test  - the whole test-suite, that of the CUDA path on a software device
 # make test-cuda - the CUDA path again on what NVRTC makes of the kernels, every access checked, and
-#              in two more schedules of its threads; every kernel compiled for every architecture;
-#              and wrong versions of them, each of which a test has to notice
+#              in two more schedules of its threads; more of the goldens; every kernel compiled for
+#              every architecture; and wrong versions of them, each of which a test has to notice
 # make test-cupy CUPY=folder - CuPy's own tests on the software device (its sources: github cupy/cupy)
 # make fuzz  - thousands of spoiled files of every format
 # make lint  - ruff and mypy
@@ -27,6 +27,7 @@ test-cuda: .venv/.test .venv/.test-cuda .venv/.model
 	SOFTCUDA_EXECUTOR=ptx $(BIN)/python -m pytest -m cuda
 	SOFTCUDA_EXECUTOR=ptx SOFTCUDA_SCHED=1 $(BIN)/python -m pytest -m cuda
 	SOFTCUDA_EXECUTOR=ptx SOFTCUDA_SCHED=2 $(BIN)/python -m pytest -m cuda
+	LLAMA3NP_LONG=1 $(BIN)/python -m pytest -m cuda tests/test_goldens.py --timeout=0
 	LLAMA3NP_GATE=1 $(BIN)/python -m pytest tests/test_cuda_gate.py
 	$(BIN)/python tests/mutants_cuda.py
 

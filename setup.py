@@ -11,12 +11,15 @@ FAST = [
     "platformdirs>=4",  # where compiled kernels are kept
 ]
 
+EXPLAIN = ["matplotlib>=3.8"]  # plots
+
 TEST = [
     "hypothesis>=6.100",
     "mypy>=1.11",
     "pytest>=8",
     "pytest-timeout>=2.3",
     "ruff>=0.8",
+    *EXPLAIN,
     *FAST,
     *LLAMA2,
     "gguf>=0.17",  # an independent reader of GGUF files and their blocks
@@ -41,7 +44,7 @@ EXTRAS = {
     "llama2": LLAMA2,
     "mpi": ["mpi4py>=4"],
     "serve": ["starlette>=0.40", "uvicorn>=0.30"],
-    "explain": ["matplotlib>=3.8"],
+    "explain": EXPLAIN,
     "test": TEST,
     "test-cuda": TEST_CUDA,
 }

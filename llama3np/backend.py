@@ -47,9 +47,14 @@ def to_host(array: Any) -> np.ndarray:
 
     Of a device array this waits until they are computed, and copies them.
     """
+    return np.asarray(off_device(array))
+
+
+def off_device(found: Any) -> Any:
+    """A device array as a host array; anything else, such as a list, as it is."""
     cupy = sys.modules.get("cupy")  # without it there are no device arrays
-    on_device = cupy is not None and isinstance(array, cupy.ndarray)
-    return array.get() if on_device else np.asarray(array)
+    on_device = cupy is not None and isinstance(found, cupy.ndarray)
+    return found.get() if on_device else found
 
 
 def host_ids(ids: Any, vocab_size: int) -> np.ndarray:

@@ -157,13 +157,21 @@ class Cache:
         return self.trim(0)
 
     def fork(self, rows: Sequence[int] | None = None) -> Cache:
-        """Copy the given rows (all, if not given; one may be given twice) into a new cache."""
+        """Copy the given rows (all, if not given; one may be given twice) into a new cache.
+
+        Raises InputError for rows that there are not, and where memory does not suffice.
+        """
         chosen = np.arange(self.batch) if rows is None else np.asarray(rows)
         whole = np.issubdtype(chosen.dtype, np.integer) and chosen.ndim == 1 and chosen.size > 0
         if not whole or (chosen < 0).any() or (chosen >= self.batch).any():
             raise InputError(f"cache: expected rows from 0 to {self.batch - 1}, found {rows}")
-        there = namespace(self.k[0]).asarray(chosen)  # once: host indices would be moved each time
-        k, v = ([_copy_rows(a, there, self._used) for a in arrays] for arrays in (self.k, self.v))
+        try:
+            there = namespace(self.k[0]).asarray(chosen)  # once: host indices would be moved often
+            k, v = ([_copy_rows(a, there, self._used) for a in each] for each in (self.k, self.v))
+        except MemoryError as error:  # CuPy's OutOfMemoryError is one
+            raise InputError(
+                f"cache: no memory for a copy of {chosen.size} rows: {error}"
+            ) from None
         return Cache(k, v, self.lengths_B[chosen])
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,9 +20,20 @@ CHUNK = 512
 Forward = Callable[[np.ndarray, Cache, np.ndarray, bool], np.ndarray]
 
 
-# (ids_B, cache, n) -> n tokens of each row that follow ids_B, (n, B), each the most probable after
-# those before it, and their log-probabilities. All but the last of them are fed.
-Greedy = Callable[[np.ndarray, Cache, int], tuple[np.ndarray, np.ndarray]]
+class Chooser(Protocol):
+    """An engine that feeds and chooses by itself, all rows of a cache at a time.
+
+    Both return ids_nB of the tokens that follow ids_B, and their log-probabilities; all but the
+    last of them are fed too.
+    """
+
+    def greedy(self, ids_B: Any, cache: Cache, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """The n that follow, each the most probable one after those before it."""
+
+    def sample(
+        self, ids_B: Any, cache: Cache, sampling: Sampling, numbers_B: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The one that follows, as sample.draw has it with each row's random number; n is 1."""
 
 
 class Token(NamedTuple):
@@ -84,7 +95,7 @@ def generate(
     stop_ids: Collection[int],
     logprobs: bool = False,
     chunk: int = CHUNK,
-    greedy: Greedy | None = None,
+    chooser: Chooser | None = None,
     ahead: int = 1,
 ) -> Iterator[list[Token]]:
     """Yield, step by step, the new token of every row that is still running.
@@ -92,31 +103,37 @@ def generate(
     A row ends with its first stop id (which is yielded) or its max_new_tokens-th token; the other
     rows are not touched by that. The last token of a row has been chosen but not fed. The prompts
     are fed in chunks of that many tokens, all rows together.
-    greedy: an engine's own way to choose, taken at temperature 0 while all rows run, up to `ahead`
-    tokens at a time.
+    chooser: an engine's own way to choose, taken while all rows run; at temperature 0 it chooses up
+    to `ahead` tokens at a time. Of those that nobody asks for, nothing stays in the cache, even if
+    the generator is closed before its end.
     """
     generators = [sampling.generator(row) for row in range(len(prompts))]
     logits_BV = prefill(forward, cache, prompts, chunk)
-    engine = _Ahead(greedy if sampling.temperature == 0 else None, cache, ahead)
+    engine = _Ahead(chooser, cache, sampling, generators, ahead)
     running = list(range(len(prompts)))
-    for count in range(1, max_new_tokens + 1):
-        tokens = []
-        for row in running:
-            id, logprob = engine.chosen(row) or _chosen(logits_BV[row], sampling, generators[row])
-            last = "length" if count == max_new_tokens else None
-            reason = "stop" if id in stop_ids else last
-            tokens.append(Token(row, id, logprob() if logprobs else None, reason))
-        yield tokens
-        running = [token.row for token in tokens if token.finish_reason is None]
-        ids_B, new_B = np.zeros((2, len(prompts)), dtype=np.int64)
-        ids_B[running] = [token.id for token in tokens if token.finish_reason is None]
-        new_B[running] = 1
-        if new_B.all() and engine.feed(ids_B, max_new_tokens - count):
-            continue
+    try:
+        for count in range(1, max_new_tokens + 1):
+            tokens = []
+            for row in running:
+                id, logprob = engine.chosen(row) or _chosen(
+                    logits_BV[row], sampling, generators[row]
+                )
+                last = "length" if count == max_new_tokens else None
+                reason = "stop" if id in stop_ids else last
+                tokens.append(Token(row, id, logprob() if logprobs else None, reason))
+            yield tokens
+            running = [token.row for token in tokens if token.finish_reason is None]
+            ids_B, new_B = np.zeros((2, len(prompts)), dtype=np.int64)
+            ids_B[running] = [token.id for token in tokens if token.finish_reason is None]
+            new_B[running] = 1
+            if new_B.all() and engine.feed(ids_B, max_new_tokens - count):
+                continue
+            engine.forget()
+            if not running:
+                return
+            logits_BV = forward(ids_B[:, None], cache, new_B, True)[:, 0]
+    finally:
         engine.forget()
-        if not running:
-            return
-        logits_BV = forward(ids_B[:, None], cache, new_B, True)[:, 0]
 
 
 Choice = tuple[int, Callable[[], float]]  # an id, and what tells its log-probability
@@ -130,10 +147,19 @@ def _chosen(logits_V: np.ndarray, sampling: Sampling, rng: np.random.Generator) 
 class _Ahead:
     """What an engine has chosen for all rows by itself, some tokens ahead of what is asked for."""
 
-    def __init__(self, greedy: Greedy | None, cache: Cache, most: int):
-        self._greedy, self._cache, self._most = greedy, cache, most
+    def __init__(
+        self,
+        chooser: Chooser | None,
+        cache: Cache,
+        sampling: Sampling,
+        generators: Sequence[np.random.Generator],
+        most: int,
+    ):
+        self._chooser, self._cache, self._most = chooser, cache, most
+        self._sampling, self._generators = sampling, generators
         self._now: Any = None  # (ids_B, logprobs_B)
         self._more: deque[Any] = deque()
+        self._left_B: Any = None  # the lengths of the cache, as the engine left them
 
     def chosen(self, row: int) -> Choice | None:
         """A row's choice; None if the host must choose."""
@@ -143,18 +169,26 @@ class _Ahead:
         return int(ids_B[row]), lambda: float(logprobs_B[row])
 
     def feed(self, ids_B: np.ndarray, left: int) -> bool:
-        """Go on by one token; False if this engine does not choose."""
-        if self._greedy is None:
+        """Go on by one token; False if this engine does not choose; fewer than n may come."""
+        if self._chooser is None:
             return False
         if not self._more:
-            found = self._greedy(ids_B, self._cache, min(left, self._most))
+            found = self._choose(self._chooser, ids_B, min(left, self._most))
             self._more.extend(zip(*found, strict=True))
+            self._left_B = self._cache.lengths_B.copy()
         self._now = self._more.popleft()
         return True
 
+    def _choose(self, chooser: Chooser, ids_B: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+        if self._sampling.temperature == 0:
+            return chooser.greedy(ids_B, self._cache, n)
+        # One number a row and token, as `choose` draws them: so a seed gives one text everywhere.
+        numbers_B = np.array([rng.random() for rng in self._generators])
+        return chooser.sample(ids_B, self._cache, self._sampling, numbers_B)
+
     def forget(self) -> None:
-        """Take back what was fed of tokens that nobody will ask for."""
-        if self._more:
+        """Take back what was fed of tokens that nobody will ask for, if the cache is as it was."""
+        if self._more and (self._cache.lengths_B == self._left_B).all():
             self._cache.trim(self._cache.lengths_B - len(self._more))
         self._more.clear()
         self._now = None

@@ -13,7 +13,7 @@ import numpy as np
 
 from llama3np import fit
 from llama3np import generate as generation
-from llama3np.backend import free_memory, namespace, on, parse_device, use
+from llama3np.backend import free_memory, namespace, off_device, on, parse_device, to_host, use
 from llama3np.cache import Cache, new_cache
 from llama3np.cache import kv_dtype as cache_dtype
 from llama3np.chat import chat_ids
@@ -171,8 +171,8 @@ class Llama:
         """Return logits_BTV for token ids, in the profile's type.
 
         ids: a list (one row), a list of lists (rows may differ in length), or an integer array of
-        one or two dimensions. In a shorter row the logits after its last id mean nothing; with
-        last_only the result is (B, 1, V), after each row's own last id.
+        one or two dimensions, of the host or a device. In a shorter row the logits after its last
+        id mean nothing; with last_only the result is (B, 1, V), after each row's own last id.
         cache: holds the tokens before these and is advanced by them; without one they stand alone.
         tap(name, array): is shown every intermediate, by the tap names of the design; the arrays
         are those that are computed with, to be read and not written to; on a CUDA device they lie
@@ -322,7 +322,7 @@ class Llama:
             stops,
             logprobs,
             chunk=self.prefill_chunk,
-            greedy=self.engine.chooser(cache),
+            chooser=self.engine.chooser(cache),
             ahead=ahead,
         )
 
@@ -351,8 +351,8 @@ class Llama:
 def as_ids(ids: Any) -> list[int]:
     """A list of Python integers from a list or array of token ids."""
     try:
-        array_T = np.asarray(ids)
-    except ValueError:  # NumPy's own words for a ragged list
+        array_T = to_host(ids)
+    except (TypeError, ValueError):  # NumPy's own words for a ragged list, or one of device arrays
         array_T = np.empty((0, 0))
     whole = array_T.dtype.kind in "iu" or array_T.size == 0
     if array_T.ndim != 1 or not whole or isinstance(ids, str):
@@ -365,11 +365,11 @@ def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     try:
-        rows = list(prompts)
+        rows = list(off_device(prompts))
     except TypeError:
         raise InputError(f"prompt: expected text or token ids, found {short(prompts)}") from None
     one = rows and not any(isinstance(row, str) or np.iterable(row) for row in rows)
-    return [rows] if one else rows  # type: ignore[list-item, return-value]
+    return [rows] if one else rows
 
 
 def as_count(name: str, value: Any, least: int) -> int:

@@ -46,13 +46,15 @@ def pytest_report_header():
 
 
 def pytest_generate_tests(metafunc):
-    """Run each test that takes `xp` on NumPy and on CuPy.
+    """Run each test that takes `xp` on NumPy and on CuPy, and one that takes `where` at each.
 
     Parameters and not a fixture, because hypothesis refuses function-scoped fixtures.
     """
     if "xp" in metafunc.fixturenames:
-        on_cupy = pytest.param(devices.cupy, id="cupy", marks=[pytest.mark.cuda, pytest.mark.gpu])
+        on_cupy = pytest.param(devices.cupy, id="cupy", marks=devices.MARKS)
         metafunc.parametrize("xp", [pytest.param(np, id="numpy"), on_cupy])
+    if "where" in metafunc.fixturenames:
+        metafunc.parametrize("where", devices.PLACES)
 
 
 def pytest_collection_modifyitems(items):

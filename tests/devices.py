@@ -6,9 +6,18 @@ Tests take the parameter `xp` (see conftest.py) and move their data with `on` an
 import os
 
 import numpy as np
+import pytest
+
+from llama3np.kernels.engine import CUDA_ENGINES
 
 GPU = "gpu"
 SOFT = "softcuda"
+
+MARKS = (pytest.mark.cuda, pytest.mark.gpu)
+ENGINES_THERE = [pytest.param(name, marks=MARKS) for name in CUDA_ENGINES]
+# Where a whole model is run: on the CPU, or on the device by one of its engines.
+PLACES = ["cpu", *ENGINES_THERE]
+LONG = os.environ.get("LLAMA3NP_LONG") == "1"
 
 cupy = None  # the module, once `start` has run and there is a device for it
 kind = None  # GPU or SOFT
@@ -90,6 +99,22 @@ def to_host(tree):
 def rebuilt(old, members):
     """A tuple, or named tuple, like the old one."""
     return type(old)(*members) if hasattr(old, "_fields") else tuple(members)
+
+
+def placed(where):
+    """What to give Llama, or load, for a model to be run at one of PLACES."""
+    return {} if where == "cpu" else {"device": "cuda", "engine": where}
+
+
+def is_soft(llm):
+    """Whether this model is run by the software device, which takes long."""
+    return llm.device.kind == "cuda" and kind == SOFT
+
+
+def skip_if_long(llm):
+    """Leave to `make test-cuda` what takes the software device minutes."""
+    if is_soft(llm) and not LONG:
+        pytest.skip("the software device takes long for it (LLAMA3NP_LONG=1, make test-cuda)")
 
 
 def apply(xp, function, *args):

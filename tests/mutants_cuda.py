@@ -28,6 +28,8 @@ TURN = KERNELS + "turn_is_rope_and_a_write_to_the_cache"
 DECODE = KERNELS + "decode_attention_is_that_of_the_spec"
 LARGE = KERNELS + "large_scores_do_not_overflow"
 PREFILL = KERNELS + "prefill_attention_is_that_of_the_spec"
+DRAW = KERNELS + "the_device_leaves_the_candidates_of_a_draw"
+BY_HAND = KERNELS + "candidates_that_can_be_counted_by_hand"
 CHOICE = KERNELS + "the_largest_logit_is_chosen_the_lowest_id_first"
 SECONDS = 900  # a mutant that hangs is dead too
 
@@ -125,14 +127,36 @@ MUTANTS = [
     Mutant("last query not written", "prefill.cu", "if (r < T * G && e", "if (r < T * G - 1 && e", PREFILL),
     # ---- choosing
     Mutant("highest id of equal ones", "tokens.cu", "b.id < a.id", "b.id > a.id", CHOICE),
-    Mutant("last vocabulary id never chosen", "tokens.cu", "min(V, start + size)", "min(V - 1, start + size)", CHOICE),
-    Mutant("remainder of the vocabulary dropped", "tokens.cu", "(V + parts - 1) / parts", "V / parts", CHOICE),
+    Mutant("last vocabulary id never chosen", "tokens.cu", "min(V, start + size), warp", "min(V - 1, start + size), warp", CHOICE),
+    Mutant("remainder of the vocabulary dropped", "tokens.cu", "(V + parts - 1) / parts;\n  int start = blockIdx.x * size, stop = min(V, start + size), warp", "V / parts;\n  int start = blockIdx.x * size, stop = min(V, start + size), warp", CHOICE),
     Mutant("sums of parts not brought together", "tokens.cu", " * (double)expf(peaks[m * parts + i] - own.peak)", "", CHOICE),
     Mutant("stale position", "tokens.cu", "    positions[m] += 1;\n", "", CHOICE),
     Mutant("idle row goes on", "tokens.cu", "if (positions[m] >= 0) {", "if (true) {", CHOICE),
     Mutant("records not counted", "tokens.cu", "*count = done + 1", "*count = done", CHOICE),
     Mutant("position ordered of another row", "tokens.cu", "orders[blockDim.x + m]", "orders[blockDim.x]", KERNELS + "orders_of_the_host_are_obeyed"),
     Mutant("count not begun anew", "tokens.cu", "  if (m == 0) *count = 0;\n", "", KERNELS + "orders_of_the_host_are_obeyed"),
+    # ---- drawing
+    Mutant("draw: powers not divided by the temperature", "tokens.cu", "(double)peak) / temperature)", "(double)peak))", DRAW),
+    Mutant("draw: powers relative to nothing", "tokens.cu", "((double)row[i] - (double)peak)", "((double)row[i])", DRAW),
+    Mutant("draw: power of a part's last id dropped", "tokens.cu", "    sum += exp((", "    if (i < stop - 1) sum += exp((", DRAW),
+    Mutant("draw: powers of a part's last warp dropped", "tokens.cu", "i < THREADS / 32; i++) total += own_sums[i]", "i < THREADS / 32 - 1; i++) total += own_sums[i]", DRAW),
+    Mutant("draw: no barrier before bins are counted", "tokens.cu", "bins[b] = 0;\n  __syncthreads();", "bins[b] = 0;", DRAW),
+    Mutant("draw: counts of the first part for all", "tokens.cu", "counts[(first + i) * BINS", "counts[first * BINS", DRAW),
+    Mutant("draw: one fewer than the k largest", "tokens.cu", "(double)V - k;", "(double)V - k + 1.0;", BY_HAND),
+    Mutant("draw: top-p drops what adds up to p", "tokens.cu", "(1.0 - p - 0x1p-36)", "(p - 0x1p-36)", BY_HAND),
+    Mutant("draw: powers of a bin not multiplied by their number", "tokens.cu", "(double)count * (wish[1] > 0.0 ? 1.0 :", "(wish[1] > 0.0 ? (double)count :", BY_HAND),
+    Mutant("draw: a bin's own weight counted as beyond it", "tokens.cu", "double beyond = __shfl_down_sync(ALL_LANES, weight, 1);", "double beyond = weight;", DRAW),
+    Mutant("draw: bins of later warps forgotten", "tokens.cu", "for (int i = warp + 1; i < BINS / 32; i++) beyond", "for (int i = warp + 1; i < warp; i++) beyond", BY_HAND),
+    Mutant("draw: no barrier before the last bin is read", "tokens.cu", "atomicMin(&cut->last, bin);\n  __syncthreads();", "atomicMin(&cut->last, bin);", DRAW),
+    Mutant("draw: bins of other widths", "tokens.cu", "(peak - logit) * 32.f", "(peak - logit) * 31.f", DRAW),
+    Mutant("draw: part after that of the random number", "tokens.cu", "upto <= wish[3] * total", "upto <= (wish[3] + 0.1) * total", BY_HAND),
+    Mutant("draw: sum before the part not told", "tokens.cu", "facts[4] = before;", "facts[4] = 0.0;", DRAW),
+    Mutant("draw: sum of the model itself unscaled", "tokens.cu", "sums[i] * (double)expf(peaks[i] - cut.peak)", "sums[i]", DRAW),
+    Mutant("draw: a lane's own candidate counted before it", "tokens.cu", "(1u << lane) - 1)", "(2u << lane) - 1)", DRAW),
+    Mutant("draw: candidates of warps on top of each other", "tokens.cu", "if (i == warp) place = found;", "if (i == 0) place = found;", DRAW),
+    Mutant("draw: last id of a row dropped", "tokens.cu", "stop = min(cut.stop, start + size);", "stop = min(cut.stop - 1, start + size);", DRAW),
+    Mutant("draw: more written than there is room for", "tokens.cu", "if (found > room) return;", "if (found > 2 * room) return;", KERNELS + "candidates_for_which_there_is_no_room_are_counted"),
+    Mutant("draw: wishes of the first row for all", "tokens.cu", "wish = wishes + m * WISHES", "wish = wishes", BY_HAND),
 ]  # fmt: skip
 
 

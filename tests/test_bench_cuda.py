@@ -45,6 +45,7 @@ def test_a_mistake_is_a_sentence_with_status_2(args, told):
     assert (run.returncode, run.stdout) == (2, "")
     assert told in run.stderr
     assert run.stderr.count("\n") == 1
+    assert run.stderr.count("bench_cuda") == 1
 
 
 def test_without_a_gpu_it_is_a_sentence_with_status_2(monkeypatch):

@@ -116,20 +116,6 @@ def test_an_empty_dialog_is_the_header_of_an_answer(made_up, smollm2):
 # ---------------------------------------------------------------------------- formats
 
 
-def chatml(template):
-    """A ChatML vocabulary of single letters with this template."""
-    texts = ["<|im_start|>", "<|im_end|>", *"abcdefghijklmnopqrstuvwxyz", "Ċ", "Ġ"]
-    metadata = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.tokens": texts,
-        "tokenizer.ggml.token_type": [3, 3, *[1] * (len(texts) - 2)],
-        "tokenizer.ggml.merges": [],
-        "tokenizer.chat_template": template,
-    }
-    return from_gguf(metadata, "small.gguf")
-
-
 @pytest.mark.parametrize(
     ("template", "system"),
     [
@@ -141,7 +127,7 @@ def chatml(template):
     ],
 )
 def test_a_default_system_message_is_taken_from_the_template(template, system):
-    tokenizer = chatml(template)
+    tokenizer = voc.chatml(template)
     ids = chat_ids(tokenizer, [{"role": "user", "content": "hi"}], add_generation_prompt=False)
     expected = "<|im_start|>user\nhi<|im_end|>\n"
     if system:
@@ -304,6 +290,6 @@ def test_a_vocabulary_without_format_is_refused():
     ],
 )
 def test_a_message_that_is_none_is_refused(made_up, message, complaint):
-    for tokenizer in (made_up, chatml(None)):
+    for tokenizer in (made_up, voc.chatml(None)):
         with pytest.raises(InputError, match=complaint):
             chat_ids(tokenizer, [{"role": "user", "content": "ok"}, message])

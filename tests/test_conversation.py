@@ -1,31 +1,39 @@
 """A chat of many turns gives what each turn gives when its whole dialog is run alone."""
 
+import devices
 import numpy as np
-import paths
 import pytest
-from hypothesis import given
+import vocabularies as voc
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from llama3np.config import Config
 from llama3np.conversation import Conversation
 from llama3np.errors import InputError
 from llama3np.llm import Llama
-from llama3np.load import gguf
 from llama3np.params import random
-from llama3np.tokenizer import from_gguf
 
 
-@pytest.fixture(scope="module")
-def llm():
-    """Random weights behind a real tokenizer: its replies are nonsense, and exact."""
-    path = paths.smollm2_gguf()
-    tokenizer = from_gguf(gguf.read(path).metadata, str(path))
+@pytest.fixture(scope="module", params=devices.PLACES)
+def llm(request):
+    """Random weights behind a tokenizer, real on the CPU: its replies are nonsense, and exact."""
+    tokenizer = voc.smollm2() if request.param == "cpu" else voc.chatml()
+    end = tokenizer.specials["<|im_end|>"]
     config = Config(
         dim=8, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=4, ffn_dim=8, tied=True,
         vocab_size=tokenizer.n_vocab, context_length=300,
     )  # fmt: skip
     params = random(config, np.random.default_rng(3))
-    return Llama(config, params, tokenizer, stop_ids=(2,), dtype="float64")
+    dtype = "float32" if request.param == "cuda" else "float64"
+    options = {"stop_ids": [end], "dtype": dtype, **devices.placed(request.param)}
+    return Llama(config, params, tokenizer, **options)
+
+
+def undoubted(llm, ids, new_ids):
+    """Whether float32 can tell the largest logit before each new id."""
+    logits_TV = llm.forward([*ids, *new_ids[:-1]])[0, len(ids) - 1 :]
+    second_T, first_T = np.sort(logits_TV)[:, -2:].T
+    return (first_T - second_T > 1e-4).all()
 
 
 said = st.text(st.sampled_from("abc é漢\n<|im_end|>"), min_size=1, max_size=8)
@@ -38,6 +46,7 @@ def test_every_reply_is_that_of_the_whole_dialog(llm, turns):
     for text, count, heard in turns:
         messages.append({"role": "user", "content": text})
         (alone,) = llm.generate(llm.chat_ids(messages), count)
+        assume(undoubted(llm, llm.chat_ids(messages), alone.ids))
         steps = []
         replies = conversation.reply(text, count)
         for step in replies:

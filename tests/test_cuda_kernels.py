@@ -1,27 +1,35 @@
 """Every CUDA kernel against its plain expression in float64, over shapes where kernels break."""
 
-from math import sqrt
-
 import devices
 import ml_dtypes
 import numpy as np
 import pytest
 from checks import assert_same
-from cuda_kernels import ULP, assert_within, random_weight, strict, widths
-from hypothesis import given
+from cuda_kernels import random_weight, strict, widths
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import pairings, seeds
 
 from llama3np import model as spec
+from llama3np import sample
 from llama3np.kernels import Joined, ggml
 from llama3np.kernels.half import Half
+from llama3np.sample import Candidates, Sampling, all_ids, powers
 
 cp = pytest.importorskip("cupy")
 
-from llama3np.kernels.cuda import engine, registry  # noqa: E402
+from llama3np.kernels.cuda import kernelcheck, registry  # noqa: E402
+from llama3np.kernels.cuda.kernelcheck import (  # noqa: E402
+    ULP,
+    candidates_of,
+    numbers,
+    on_device,
+    run_attend,
+    run_combine,
+)
 from llama3np.kernels.cuda.launch import launch  # noqa: E402
-from llama3np.kernels.cuda.registry import BATCHES, CACHED, FORMATS, STRETCH  # noqa: E402
-from llama3np.kernels.cuda.step import pitch_of, whole  # noqa: E402
+from llama3np.kernels.cuda.registry import BATCHES, BINS, CACHED, FORMATS, STRETCH  # noqa: E402
+from llama3np.kernels.cuda.step import pitch_of  # noqa: E402
 from llama3np.kernels.cuda.weights import (  # noqa: E402
     DeviceBlocks,
     aligned,
@@ -48,13 +56,6 @@ each_format = pytest.mark.parametrize("format", FORMATS)
 each_product = pytest.mark.parametrize("kind", WITH_BATCH, ids=lambda kind: f"{kind[0]}-{kind[1]}")
 HEADS = [(2, 1), (10, 3), (64, 3), (128, 4), (24, 12)]  # (head size, group)
 counts = st.integers(1, 70)
-
-
-def device_rows(x_MK, M):
-    """Vectors on the device as kernels take them: rows of whole fours, M of them."""
-    out_MP = cp.zeros((M, pitch_of(x_MK.shape[1])), np.float32)
-    out_MP[: len(x_MK), : x_MK.shape[1]] = cp.asarray(x_MK)
-    return out_MP
 
 
 def shapes(draw, format):
@@ -148,15 +149,9 @@ def test_rows_on_the_device_have_the_bits_of_ggml(format, data, seed):
             assert_same(on_device[start:].get(), w_NK[start:], "w[start:]")
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_every_16_bit_number_is_widened_exactly(dtype):
-    bits = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
-    if (
-        dtype == ml_dtypes.bfloat16
-    ):  # its subnormals are float32's, which the kernels' compiler flushes
-        bits = np.where((bits & 0x7F80) == 0, bits & 0x8000, bits).astype(np.uint16)
-    found = rows_of(upload(bits.view(dtype)), 0, 256).get()
-    np.testing.assert_array_equal(found, bits.view(dtype).astype(np.float32))
+@pytest.mark.parametrize("format", ["F16", "BF16"])
+def test_every_16_bit_number_is_widened_exactly(format):
+    kernelcheck.every_number(registry.row_kernel("widen", format), np.random.default_rng(0))
 
 
 def test_what_a_loader_hands_over_is_uploaded_as_it_is():
@@ -172,43 +167,9 @@ def _project(format, batch, rows_aligned=True):
     return registry.weight_kernel("project", format, rows_aligned, batch)
 
 
-def vectors(draw, K, M, seed):
-    """M vectors of different lengths, the last of them nothing but large numbers."""
-    rng = np.random.default_rng(seed)
-    x_MK = rng.standard_normal((draw(st.integers(1, M)), K)).astype(np.float32)
-    return x_MK * np.geomspace(0.1, 10, len(x_MK), dtype=np.float32)[:, None]
-
-
-def squares_of(x_MK, M, parts):
-    """Sums of squares in parts, as the kernel "add" leaves them."""
-    out_MI = np.zeros((M, parts), np.float32)
-    cuts = np.linspace(0, x_MK.shape[1], parts + 1).astype(int)
-    for i in range(parts):
-        out_MI[: len(x_MK), i] = (x_MK[:, cuts[i] : cuts[i + 1]] ** 2).sum(axis=1)
-    return cp.asarray(out_MI)
-
-
-def normed_arguments(x_MK, M, norm_K, eps, parts, rounded=0):
-    x = device_rows(x_MK, M)
-    return {
-        "x": x, "x_pitch": x.shape[1], "K": x_MK.shape[1], "norm": whole(cp.asarray(norm_K)),
-        "squares": squares_of(x_MK, M, parts), "parts": parts, "eps": eps, "rounded": rounded,
-    }  # fmt: skip
-
-
-def normed(x_MK, norm_K, eps):
-    """RMSNorm in float64, of float32 numbers."""
-    return spec.rms_norm(x_MK.astype(np.float64), norm_K.astype(np.float64), eps)
-
-
-def dot_bound(x_MK, w_NK, extra=24):
-    """For products: K sums, at most, and what norm and decoding round; of blocks, by their largest.
-
-    A weight scale * q - minimum is a difference: it is as exact as the largest of its row.
-    """
-    largest_NK = np.broadcast_to(np.abs(w_NK).max(axis=1, keepdims=True), w_NK.shape)
-    K = x_MK.shape[1]
-    return 1.01 * (K / 32 + extra) * ULP * (np.abs(x_MK) @ largest_NK.T.astype(np.float64))
+def product_kernel(entry, format, K, M):
+    whole = format not in registry.PLAIN or K * registry.PLAIN[format].itemsize % 16 == 0
+    return registry.weight_kernel(entry, format, whole, M)
 
 
 @each_product
@@ -217,32 +178,11 @@ def test_project_is_a_product_with_the_normed_vectors(kind, data, seed, eps):
     """For one to three weights in one launch, of any number of rows."""
     (format, M), rng = kind, np.random.default_rng(seed)
     N, K = shapes(data.draw, format)
-    x_MK = vectors(data.draw, K, M, seed)
-    norm_K = rng.uniform(0.5, 2.0, K).astype(np.float32)
     sizes = [N, *data.draw(st.lists(counts, max_size=2))]
-    weights = [random_weight(format, n, K, rng) for n in sizes]
+    rows, parts = data.draw(st.integers(1, M)), data.draw(st.integers(1, 40))
     with strict():
-        on_device = [upload(w) for w, _ in weights]
-        kernel = _project(format, M, all(map(aligned, on_device)))
-        y = cp.full((M, sum(sizes) + 3), 7, np.float32)
-        starts = np.cumsum([0, *sizes])
-        parts = {}
-        for j in range(3):
-            used = j < len(sizes)
-            w = stored(on_device[j if used else 0])
-            parts |= {
-                f"w{j}": w,
-                f"N{j}": sizes[j] if used else 0,
-                f"y{j}": starts[j] if used else 0,
-            }
-        blocks = sum(-(-n // registry.block_rows(kernel)) for n in sizes)
-        arguments = normed_arguments(x_MK, M, norm_K, eps, parts=data.draw(st.integers(1, 40)))
-        launch(kernel, (blocks,), 256, **parts, **arguments, y=y, y_pitch=y.shape[1])
-    w_NK = np.concatenate([w for _, w in weights])
-    exact = normed(x_MK, norm_K, eps)
-    found = y.get()[: len(x_MK)]
-    assert_within(found[:, :-3], exact @ w_NK.T.astype(np.float64), dot_bound(exact, w_NK), format)
-    assert (found[:, -3:] == 7).all()
+        kernel = product_kernel("project", format, K, M)
+        kernelcheck.project(kernel, sizes, K, rows, rng, eps, parts)
 
 
 @each_product
@@ -250,28 +190,9 @@ def test_project_is_a_product_with_the_normed_vectors(kind, data, seed, eps):
 def test_gate_up_is_swiglu_of_both_products(kind, data, seed):
     (format, M), rng = kind, np.random.default_rng(seed)
     N, K = shapes(data.draw, format)
-    x_MK = vectors(data.draw, K, M, seed)
-    norm_K = rng.uniform(0.5, 2.0, K).astype(np.float32)
-    (gate, gate_NK), (up, up_NK) = (random_weight(format, N, K, rng) for _ in range(2))
     with strict():
-        gate, up = upload(gate), upload(up)
-        kernel = registry.weight_kernel("gate_up", format, aligned(gate), M)
-        y = cp.full((M, N + 2), 7, np.float32)
-        arguments = normed_arguments(x_MK, M, norm_K, 1e-5, 3)
-        grid = (-(-N // registry.block_rows(kernel)),)
-        launch(
-            kernel, grid, 256, gate=stored(gate), up=stored(up), N=N, **arguments, y=y,
-            y_pitch=N + 2,
-        )  # fmt: skip
-    exact = normed(x_MK, norm_K, 1e-5)
-    gate_MN, up_MN = (exact @ w.T.astype(np.float64) for w in (gate_NK, up_NK))
-    gate_bound, up_bound = dot_bound(exact, gate_NK), dot_bound(exact, up_NK)
-    expected = spec.swiglu(gate_MN, up_MN)
-    silu = np.abs(spec.swiglu(gate_MN, np.ones_like(up_MN)))  # whose slope is at most 1.1
-    bound = 1.1 * gate_bound * (np.abs(up_MN) + up_bound) + silu * up_bound
-    found = y.get()[: len(x_MK)]
-    assert_within(found[:, :N], expected, bound + 16 * ULP * np.abs(expected), format)
-    assert (found[:, N:] == 7).all()
+        kernel = product_kernel("gate_up", format, K, M)
+        kernelcheck.gate_up(kernel, N, K, data.draw(st.integers(1, M)), rng)
 
 
 @each_product
@@ -279,46 +200,18 @@ def test_gate_up_is_swiglu_of_both_products(kind, data, seed):
 def test_add_adds_a_product_and_leaves_sums_of_squares(kind, data, seed):
     (format, M), rng = kind, np.random.default_rng(seed)
     N, K = shapes(data.draw, format)
-    x_MK = vectors(data.draw, K, M, seed)
-    old_MN = rng.standard_normal((len(x_MK), N)).astype(np.float32)
-    w, w_NK = random_weight(format, N, K, rng)
     with strict():
-        w, x, y = upload(w), device_rows(x_MK, M), device_rows(old_MN, M)
-        kernel = registry.weight_kernel("add", format, aligned(w), M)
-        blocks = -(-N // registry.block_rows(kernel))
-        squares = cp.zeros((M, blocks * registry.square_parts(kernel)), np.float32)
-        launch(
-            kernel, (blocks,), 256, w=stored(w), N=N, K=K, x=x, x_pitch=x.shape[1], rounded=0, y=y,
-            y_pitch=y.shape[1], squares=squares,
-        )  # fmt: skip
-    found_MN = y.get()[: len(x_MK), :N]
-    wide = x_MK.astype(np.float64)
-    expected = old_MN + wide @ w_NK.T.astype(np.float64)
-    assert_within(found_MN, expected, dot_bound(wide, w_NK) + ULP * np.abs(expected), format)
-    exact = (found_MN.astype(np.float64) ** 2).sum(axis=1)
-    found = squares.get()[: len(x_MK)].astype(np.float64).sum(axis=1)
-    assert_within(found, exact, 20 * ULP * exact, "squares")
-    assert (y.get()[:, N:] == 0).all()
+        kernel = product_kernel("add", format, K, M)
+        kernelcheck.add(kernel, N, K, data.draw(st.integers(1, M)), rng)
 
 
 @given(st.sampled_from(["F32", "BF16"]), st.data(), seeds)
 def test_rounded_products_are_those_of_bf16_vectors(format, data, seed):
     """Rounded once, to nearest, after the norm; and as they are without one."""
-    rng = np.random.default_rng(seed)
     N, K = shapes(data.draw, format)
-    x_MK = vectors(data.draw, K, 1, seed)
-    w, w_NK = random_weight(format, N, K, rng)
     with strict():
-        w, x, y = upload(w), device_rows(x_MK, 1), cp.zeros((1, pitch_of(N)), np.float32)
-        kernel = registry.weight_kernel("add", format, aligned(w), 1)
-        blocks = -(-N // registry.block_rows(kernel))
-        squares = cp.zeros(blocks * registry.square_parts(kernel), np.float32)
-        launch(
-            kernel, (blocks,), 256, w=stored(w), N=N, K=K, x=x, x_pitch=x.shape[1], rounded=1, y=y,
-            y_pitch=y.shape[1], squares=squares,
-        )  # fmt: skip
-    wide = x_MK.astype(ml_dtypes.bfloat16).astype(np.float64)
-    assert_within(y.get()[:, :N], wide @ w_NK.T.astype(np.float64), dot_bound(wide, w_NK), format)
+        kernel = product_kernel("add", format, K, 1)
+        kernelcheck.add(kernel, N, K, 1, np.random.default_rng(seed), rounded=1)
 
 
 @given(st.sampled_from(["F32", "BF16", "Q8_0", "Q4_K"]), st.data(), seeds)
@@ -332,7 +225,7 @@ def test_a_vector_has_the_same_bits_alone_and_in_a_batch(format, data, seed):
     for M in (1, 4):
         kernel = registry.weight_kernel("add", format, aligned(w), M)
         blocks = -(-N // registry.block_rows(kernel))
-        x, y = device_rows(x_MK[:M], M), cp.ones((M, pitch_of(N)), np.float32)
+        x, y = on_device(x_MK[:M], M), cp.ones((M, pitch_of(N)), np.float32)
         squares = cp.zeros((M, blocks * registry.square_parts(kernel)), np.float32)
         launch(
             kernel, (blocks,), 256, w=stored(w), N=N, K=K, x=x, x_pitch=x.shape[1], rounded=0, y=y,
@@ -345,14 +238,8 @@ def test_a_vector_has_the_same_bits_alone_and_in_a_batch(format, data, seed):
 
 @given(st.integers(1, 600), st.integers(1, 3), seeds)
 def test_swiglu_of_two_buffers(N, M, seed):
-    gate_MN, up_MN = np.random.default_rng(seed).standard_normal((2, M, N)).astype(np.float32) * 30
-    gate_MN[:, 0] = -200  # where e^-x would overflow
     with strict():
-        y, other = device_rows(gate_MN, M), device_rows(up_MN, M)
-        sizes = {"N": N, "pitch": y.shape[1]}
-        launch(registry.SWIGLU, (-(-N // 256), M), 256, y=y, other=other, **sizes)
-    expected = spec.swiglu(gate_MN.astype(np.float64), up_MN.astype(np.float64))
-    assert_within(y.get()[:, :N], expected, 16 * ULP * np.abs(expected) + 1e-30, "swiglu")
+        kernelcheck.swiglu(registry.SWIGLU, N, M, np.random.default_rng(seed))
 
 
 # ---- embedding -----------------------------------------------------------------------------------
@@ -361,21 +248,10 @@ def test_swiglu_of_two_buffers(N, M, seed):
 @each_format
 @given(data=st.data(), seed=seeds)
 def test_embed_looks_rows_up_and_sums_their_squares(format, data, seed):
-    rng = np.random.default_rng(seed)
     N, K = shapes(data.draw, format)
-    ids = np.array([N - 1, 0, *data.draw(st.lists(st.integers(0, N - 1), max_size=3))], np.int32)
-    w, w_NK = random_weight(format, N, K, rng)
     with strict():
-        w, h = upload(w), cp.full((len(ids), pitch_of(K)), 7, np.float32)
-        squares = cp.zeros(len(ids), np.float32)
-        launch(
-            registry.row_kernel("embed", format), (len(ids),), 256, w=stored(w), N=N, K=K,
-            tokens=cp.asarray(ids), h=h, pitch=h.shape[1], squares=squares,
-        )  # fmt: skip
-    assert_same(h.get()[:, :K], w_NK[ids], "h")
-    assert (h.get()[:, K:] == 7).all()
-    exact = (w_NK[ids].astype(np.float64) ** 2).sum(axis=1)
-    assert_within(squares.get(), exact, (K / 256 + 20) * ULP * exact, "squares")
+        kernel = registry.row_kernel("embed", format)
+        kernelcheck.embed(kernel, N, K, np.random.default_rng(seed))
 
 
 # ---- attention -----------------------------------------------------------------------------------
@@ -391,101 +267,43 @@ def caches(draw):
     return head, group, draw(st.integers(1, 2)), slots, positions, draw(st.sampled_from(CACHED))
 
 
-def numbers(rng, shape, dtype):
-    """Standard normal numbers that this dtype holds exactly."""
-    return rng.standard_normal(shape).astype(dtype)
-
-
 @given(caches(), pairings, seeds)
 def test_turn_is_rope_and_a_write_to_the_cache(cache, pairing, seed):
     H, G, K, slots, positions, dtype = cache
-    rng, M, N = np.random.default_rng(seed), len(positions), G * K
-    qkv = numbers(rng, (M, (N + 2 * K) * H), np.float32)
-    angles_SP = rng.uniform(-4, 4, (slots, H // 2)).astype(np.float32)
-    cos_SP, sin_SP = np.cos(angles_SP), np.sin(angles_SP)
-    old = numbers(rng, (2, M, K, slots, H), dtype)
-    kernel = registry.attention_kernel("turn", H, G, dtype, pairing)
-    at = cp.asarray(np.array(positions, np.int32))
     with strict():
-        turned, keys, values = device_rows(qkv, M), cp.asarray(old[0]), cp.asarray(old[1])
-        launch(
-            kernel, (N + 2 * K, M), 64, qkv=turned, pitch=turned.shape[1], N=N, K=K,
-            cos_SP=cp.asarray(cos_SP), sin_SP=cp.asarray(sin_SP),
-            positions=at, keys=keys, values=values, slots=slots,
-        )  # fmt: skip
-    heads = qkv.reshape(M, 1, N + 2 * K, H)
-    rows = np.maximum(positions, 0)
-    tables = (table[rows][:, None].astype(np.float64) for table in (cos_SP, sin_SP))
-    expected = spec.rope(heads.astype(np.float64), *tables, pairing)[:, 0]
-    live = np.array(positions) >= 0
-    found = turned.get()[:, : N * H].reshape(M, N, H)
-    bound = 4 * ULP * (np.abs(heads[:, 0, :N]).max(axis=-1, keepdims=True) * 1.5)
-    assert_within(found[live], expected[live, :N], np.broadcast_to(bound, found.shape)[live], "q")
-    assert_same(found[~live], heads[~live, 0, :N], "an idle row's q")
-    _assert_written(keys.get(), old[0], expected[:, N : N + K], positions, "keys")
-    exact = heads[:, 0, N + K :].astype(dtype).astype(np.float64)
-    _assert_written(values.get(), old[1], exact, positions, "values", exactly=True)
-
-
-def _assert_written(found, old, new_MKH, positions, what, exactly=False):
-    """At each row's position the new numbers, rounded once; all others as they were."""
-    half_unit = {np.dtype(np.float32): 2.0**-24, np.dtype(np.float16): 2.0**-11}
-    for m, position in enumerate(positions):
-        kept = np.arange(found.shape[2]) != position
-        assert_same(found[m][:, kept], old[m][:, kept], what)
-        if position >= 0:
-            rounding = half_unit.get(found.dtype, 2.0**-8) * 1.001
-            bound = 0 if exactly else np.abs(new_MKH[m]) * rounding + 4 * ULP * 6
-            assert_within(found[m][:, position], new_MKH[m], bound, what)
+        kernel = registry.attention_kernel("turn", H, G, dtype, pairing)
+        kernelcheck.turn(kernel, K, slots, positions, np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("dtype", CACHED[1:])
 def test_numbers_are_rounded_to_the_cache_as_numpy_does(dtype):
-    """Ties, subnormals, the largest, infinity: through the values of one head."""
-    rng = np.random.default_rng(0)
-    bits = rng.integers(0, 2**32, 4096, dtype=np.uint32)
-    halves = np.arange(2**16, dtype=np.uint16).view(dtype).astype(np.float32)
-    with np.errstate(all="ignore"):
-        between = (halves[:-1].astype(np.float64) + halves[1:]) / 2
-        numbers = np.concatenate([bits.view(np.float32), halves, between.astype(np.float32)])
-        numbers = numbers[
-            ~(np.abs(numbers) < 2.0**-126) | (numbers == 0)
-        ]  # flushed by the compiler
-        numbers = np.append(numbers, np.zeros(-numbers.size % 64, np.float32)).reshape(-1, 64)
-        expected = numbers.astype(dtype)
-    M = len(numbers)
     kernel = registry.attention_kernel("turn", 64, 1, dtype, "half")
-    qkv = cp.asarray(np.concatenate([np.zeros_like(numbers)] * 2 + [numbers], axis=1))
-    keys, values = (cp.zeros((M, 1, 1, 64), dtype) for _ in range(2))
-    table = cp.zeros((1, 32), np.float32)
-    launch(
-        kernel, (3, M), 64, qkv=qkv, pitch=192, N=1, K=1, cos_SP=table, sin_SP=table,
-        positions=cp.zeros(M, np.int32), keys=keys, values=values, slots=1,
-    )  # fmt: skip
-    found = values.get()[:, 0, 0]
-    np.testing.assert_array_equal(found.astype(np.float32), expected.astype(np.float32))
+    kernelcheck.rounding(kernel, 1, np.random.default_rng(0))
+
+
+@given(caches(), st.sampled_from([1, 30]), seeds)
+def test_attend_leaves_peaks_sums_and_means_of_every_stretch(cache, size, seed):
+    H, G, K, slots, positions, dtype = cache
+    with strict():
+        kernel = registry.attention_kernel("attend", H, G, dtype, "half")
+        kernelcheck.attend(kernel, K, slots, positions, np.random.default_rng(seed), size)
+
+
+@given(caches(), seeds)
+def test_combine_puts_stretches_together(cache, seed):
+    H, G, K, slots, positions, dtype = cache
+    with strict():
+        kernel = registry.attention_kernel("combine", H, G, dtype, "half")
+        kernelcheck.combine(kernel, K, slots, positions, np.random.default_rng(seed))
 
 
 def decode_attention(q_MNH, keys, values, positions, G, **options):
     """attend and combine, on strict memory: (M, N, H)."""
-    (M, N, H), (K, slots) = q_MNH.shape, keys.shape[1:3]
-    kernel = registry.attention_kernel("attend", H, G, keys.dtype, "half")
-    stretches = -(-slots // STRETCH)
+    kind = q_MNH.shape[-1], G, keys.dtype, "half"
+    attend, combine = (registry.attention_kernel(name, *kind) for name in ("attend", "combine"))
     with strict(**options):
-        qkv = device_rows(q_MNH.reshape(M, -1), M)
-        out = cp.full((M, N, stretches, H), np.nan, np.float32)
-        peaks, sums = (cp.full((M, N, stretches), np.nan, np.float32) for _ in range(2))
-        at = cp.asarray(np.array(positions, np.int32))
-        parts = {"out": out, "peaks": peaks, "sums": sums, "positions": at}
-        launch(
-            kernel, (stretches, K * registry.query_shares(kernel), M), 128, **parts, qkv=qkv,
-            pitch=qkv.shape[1], keys=cp.asarray(keys), values=cp.asarray(values), K=K, slots=slots,
-            scale=1 / sqrt(H),
-        )  # fmt: skip
-        y = cp.full((M, N * H), 7, np.float32)
-        combine = registry.attention_kernel("combine", H, G, keys.dtype, "half")
-        launch(combine, (N, M), 64, **parts, stretches=stretches, y=y, pitch=N * H)
-        return y.get().reshape(M, N, H)
+        parts = run_attend(attend, q_MNH, keys, values, positions)
+        return run_combine(combine, parts, positions)
 
 
 def exact_attention(q_MNH, keys, values, positions):
@@ -504,13 +322,10 @@ def exact_attention(q_MNH, keys, values, positions):
 
 
 def attention_bound(q_MNH, keys, positions, largest):
-    """Scores are sums of H terms; an error of theirs moves a power, and a mean by two of it."""
+    """An error of scores moves a power, and a mean by two of it."""
     most = max(1, max(positions) + 1)
-    shown = np.abs(keys[:, :, :most].astype(np.float64)).max(initial=0, where=~np.isnan(
-        keys[:, :, :most].astype(np.float64)))  # fmt: skip
-    H = q_MNH.shape[-1]
-    score_error = (H + 4) * ULP * np.abs(q_MNH).max() * shown * sqrt(H)
-    return (2 * score_error + (most / 8 + 40) * ULP) * largest + 1e-30
+    error = kernelcheck.score_error(q_MNH, keys, positions)
+    return (2 * error + (most / 8 + 40) * ULP) * largest + 1e-30
 
 
 @given(caches(), seeds)
@@ -525,7 +340,7 @@ def test_decode_attention_is_that_of_the_spec(cache, seed):
     found = decode_attention(q_MNH, keys, values, positions, G)
     expected, largest = exact_attention(q_MNH, keys, values, positions)
     bound = attention_bound(q_MNH, keys, positions, largest)
-    assert_within(found, expected, bound, "attention")
+    kernelcheck.within(found, expected, bound, "attention")
     idle = np.array(positions) < 0
     assert (found[idle] == 0).all()
 
@@ -539,30 +354,21 @@ def test_large_scores_do_not_overflow(cache, seed):
     keys, values = (numbers(rng, (M, K, slots, H), dtype) for _ in range(2))
     found = decode_attention(q_MNH, keys, values, positions, G)
     expected, largest = exact_attention(q_MNH, keys, values, positions)
-    assert_within(found, expected, attention_bound(q_MNH, keys, positions, largest), "attention")
+    kernelcheck.within(
+        found, expected, attention_bound(q_MNH, keys, positions, largest), "attention"
+    )
 
 
 @given(st.sampled_from(HEADS), st.sampled_from(CACHED), st.data(), seeds)
 def test_prefill_attention_is_that_of_the_spec(heads, dtype, data, seed):
     """For ragged rows at different positions, of a cache that has room for more."""
-    (H, G), K, B = heads, data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
-    T = data.draw(st.integers(1, 40))
-    rng = np.random.default_rng(seed)
-    lengths = np.array(data.draw(st.lists(st.integers(0, 50), min_size=B, max_size=B)))
-    new_B = np.array(data.draw(st.lists(st.integers(1, T), min_size=B, max_size=B)))
-    S = int((lengths + new_B).max())
-    q_BTNH = numbers(rng, (B, T, G * K, H), np.float32)
-    room = S + data.draw(st.integers(0, 9))
-    keys, values = (numbers(rng, (B, K, room, H), dtype) for _ in "kv")
-    positions_BT = lengths[:, None] + np.arange(T)
+    (H, G), B = heads, data.draw(st.integers(1, 3))
+    lengths = data.draw(st.lists(st.integers(0, 50), min_size=B, max_size=B))
+    new_B = data.draw(st.lists(st.integers(1, 40), min_size=B, max_size=B))
+    K, room = data.draw(st.integers(1, 2)), data.draw(st.integers(0, 9))
     with strict():
-        k, v = cp.asarray(keys)[:, :, :S], cp.asarray(values)[:, :, :S]
-        found = engine.attention(cp.asarray(q_BTNH), k, v, cp.asarray(positions_BT), None).get()
-    wide = (a.astype(np.float64) for a in (q_BTNH, keys[:, :, :S], values[:, :, :S]))
-    expected = spec.attention(*wide, positions_BT, lambda name, array: None)
-    bound = attention_bound(q_BTNH[:, 0], keys, [S - 1], np.abs(values.astype(np.float64)).max())
-    for b in range(B):
-        assert_within(found[b, : new_B[b]], expected[b, : new_B[b]], bound, f"row {b}")
+        kernel = registry.prefill_kernel(H, dtype)
+        kernelcheck.attend_block(kernel, G, K, lengths, new_B, room, np.random.default_rng(seed))
 
 
 # ---- choosing ------------------------------------------------------------------------------------
@@ -608,7 +414,7 @@ def test_the_largest_logit_is_chosen_the_lowest_id_first(V, M, parts, data, seed
     wide = logits_MV.astype(np.float64)
     assert found["records"][1, :, 0].tolist() == expected.tolist()
     sums = np.exp(wide - wide.max(axis=1, keepdims=True)).sum(axis=1)
-    assert_within(found["records"][1, :, 1], sums, 40 * ULP * sums, "sum of powers")
+    kernelcheck.within(found["records"][1, :, 1], sums, 40 * ULP * sums, "sum of powers")
     assert found["tokens"].tolist() == [5, *expected[1:].tolist()]
     assert found["positions"].tolist() == [-1, *range(1, M)]
     assert (found["records"][0] == 0).all()
@@ -622,14 +428,148 @@ def test_logits_that_are_not_numbers_leave_a_token_that_is_one():
     assert np.isnan(found["records"][1, :, 1]).all()
 
 
-def test_orders_of_the_host_are_obeyed():
+@given(st.integers(1, 8), seeds)
+def test_orders_of_the_host_are_obeyed(M, seed):
     with strict():
-        orders = cp.asarray(np.array([[3, 4, 5, 0], [7, 0, 9, -1]], np.int32))
-        found = {name: cp.full(4, 8, np.int32) for name in ("tokens", "positions")}
-        count = cp.full(1, 8, np.int32)
-        launch(registry.token_kernel("obey"), (1,), 4, orders=orders, **found, count=count)
-    assert [found["tokens"].tolist(), found["positions"].tolist()] == orders.tolist()
-    assert count.tolist() == [0]
+        kernelcheck.obey(registry.token_kernel("obey"), M, np.random.default_rng(seed))
+
+
+@given(st.integers(2, 3000), st.integers(1, 8), st.integers(1, 40), seeds)
+def test_pick_and_settle_alone(V, M, parts, seed):
+    with strict():
+        rng = np.random.default_rng(seed)
+        kernelcheck.pick(registry.token_kernel("pick"), V, M, parts, rng)
+        kernelcheck.settle(registry.token_kernel("settle"), M, parts, rng)
+
+
+# ---- drawing -------------------------------------------------------------------------------------
+
+
+def sieved(logits_MV, parts, wishes_M4, room, **options):
+    """pick, weigh and sift: (facts_M5, ids_MC, logits_MC), unused places as they were: -1 and 7."""
+    M, V = logits_MV.shape
+    with strict(**options):
+        rows = {"logits": cp.asarray(logits_MV), "V": V, "peaks": cp.zeros((M, parts), np.float32)}
+        sums = cp.zeros((M, parts), np.float64)
+        pick, weigh, sift = map(registry.token_kernel, ("pick", "weigh", "sift"))
+        launch(pick, (parts, M), 256, **rows, ids=cp.zeros((M, parts), np.int32), sums=sums)
+        rows["wishes"] = cp.asarray(np.array(wishes_M4, np.float64))
+        rows["powers"] = cp.zeros((M, parts), np.float64)
+        rows["counts"] = cp.full((M, parts, BINS), 7, np.int32)
+        launch(weigh, (parts, M), 256, **rows)
+        found = (
+            cp.zeros((M, 5), np.float64), cp.full((M, room), -1, np.int32),
+            cp.full((M, room), 7, np.float32),
+        )  # fmt: skip
+        into = dict(zip(("facts", "ids", "kept"), found, strict=True))
+        launch(sift, (M,), BINS, **rows, **into, sums=sums, parts=parts, room=room)
+        return [array.get() for array in found]
+
+
+@st.composite
+def drawings(draw):
+    """(logits_MV with ties, flat or peaked, a wish of each row)."""
+    rng, M = np.random.default_rng(draw(seeds)), draw(st.integers(1, 3))
+    V = draw(st.one_of(st.integers(1, 90), st.integers(1, 5000)))
+    spread = draw(st.sampled_from([0.0, 0.1, 3.0, 30.0]))
+    logits_MV = rng.normal(0, spread, (M, V)).astype(np.float32)
+    if draw(st.booleans()):
+        logits_MV = np.round(logits_MV)
+    wishes = []
+    for _ in range(M):
+        k = draw(st.one_of(st.just(0), st.integers(1, 60), st.integers(1, V + 1)))
+        p = draw(st.one_of(st.just(1.0), st.floats(0.01, 0.999)))
+        wishes.append((10 ** draw(st.floats(-3, 1)), k, p, rng.random()))
+    return logits_MV, wishes
+
+
+@given(drawings(), st.integers(1, 40))
+def test_the_device_leaves_the_candidates_of_a_draw(drawing, parts):
+    """Those, ascending, and their logits; and a draw among them is a draw among all."""
+    logits_MV, wishes = drawing
+    room = logits_MV.shape[1] + 2
+    facts_M5, ids_MC, kept_MC = sieved(logits_MV, parts, wishes, room)
+    for m, (temperature, k, p, number) in enumerate(wishes):
+        logits_V, (count, peak, total, sum_of_all, before) = logits_MV[m], facts_M5[m]
+        expected = candidates_of(logits_V, wishes[m], parts)
+        assume(expected is not None)
+        assert ids_MC[m].tolist() == [*expected, *[-1] * (room - len(expected))]
+        unused = [7.0] * (room - len(expected))
+        assert_same(kept_MC[m], np.array([*logits_V[expected], *unused], np.float32), "logits")
+        every, once = all_ids(logits_V, temperature), all_ids(logits_V, 1.0)
+        assert (count, peak) == (len(expected), logits_V.max())
+        assert total == pytest.approx(every.total, rel=1e-12)
+        assert sum_of_all == pytest.approx(once.total, rel=40 * ULP)
+        skipped = 0 if k or p < 1 else every.powers_C[: expected[0]].sum()
+        assert before == pytest.approx(skipped, rel=1e-12)
+        sampling = Sampling(temperature, k, p)
+        powers_C = powers(kept_MC[m, : int(count)], peak, temperature)
+        place = sample.draw(Candidates(powers_C, total, before), sampling, number)
+        assert expected[place] == sample.draw(every, sampling, number)
+
+
+@pytest.mark.parametrize("wish", [(1.0, 40, 1.0, 0.5), (1.0, 0, 0.9, 0.5), (1.0, 0, 1.0, 0.5)])
+def test_candidates_for_which_there_is_no_room_are_counted(wish):
+    logits_MV = np.zeros((1, 3000), np.float32)
+    facts_M5, ids_MC, _ = sieved(logits_MV, 2, [wish], 1499)
+    assert facts_M5[0, 0] == (1500 if wish[1:3] == (0, 1.0) else 3000)
+    assert (ids_MC == -1).all()
+
+
+RISING, TIED, EVEN = np.arange(20), np.array([-3] * 19 + [0]), np.zeros(20)
+
+
+@pytest.mark.parametrize(
+    ("row", "wish", "expected"),
+    [
+        (RISING, (1.0, 1, 1.0, 0.0), range(19, 20)),
+        (RISING, (1.0, 5, 1.0, 0.0), range(15, 20)),
+        (RISING, (1.0, 21, 1.0, 0.0), range(20)),
+        (RISING, (1.0, 0, 0.9, 0.0), range(17, 20)),  # 0.63, 0.23, 0.09, and 0.05 for all others
+        (RISING, (2.0, 0, 0.9, 0.0), range(15, 20)),  # 0.08 for all others
+        (TIED, (1.0, 2, 1.0, 0.0), range(20)),
+        (TIED, (1.0, 0, 0.7, 0.0), range(20)),  # 0.51, and 19 times 0.026
+        (TIED, (1.0, 0, 0.4, 0.0), range(19, 20)),
+        (EVEN, (1.0, 0, 1.0, 0.45), range(10)),
+        (EVEN, (1.0, 0, 1.0, 0.55), range(10, 20)),
+    ],
+)
+def test_candidates_that_can_be_counted_by_hand(row, wish, expected):
+    """Beside rows that wish for other things."""
+    wishes = [(1.0, 1, 1.0, 0.0), wish, (1.0, 20, 1.0, 0.0)]
+    facts_M5, ids_MC, _ = sieved(np.tile(row.astype(np.float32), (3, 1)), 2, wishes, 20)
+    assert facts_M5[1, 0] == len(expected)
+    assert ids_MC[1, : len(expected)].tolist() == [*expected]
+    powers_V = powers(row, float(row.max()), wish[0])
+    assert facts_M5[1, 2] == pytest.approx(powers_V.sum(), rel=1e-12)
+    before = powers_V[: expected[0]].sum() if wish[1:3] == (0, 1.0) else 0
+    assert facts_M5[1, 4] == pytest.approx(before, rel=1e-12)
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
+def test_the_part_of_an_extreme_number_has_ids_that_may_be_drawn(number):
+    """Neither parts without ids, nor such whose powers are all 0, however sums are rounded."""
+    logits_MV = np.full((1, 33), -1000, np.float32)
+    logits_MV[0, [9, 20]] = 0
+    facts_M5, ids_MC, _ = sieved(logits_MV, 32, [(0.5, 0, 1.0, number)], 33)  # 17 parts of 2 ids
+    assert ids_MC[0, : int(facts_M5[0, 0])].tolist() == ([8, 9] if number == 0 else [20, 21])
+    assert facts_M5[0, 4] == (0 if number == 0 else 1)
+
+
+@pytest.mark.parametrize("wrong", [[0, np.nan], [np.inf, 0], [-np.inf] * 2, [np.nan] * 2])
+@pytest.mark.parametrize("wish", [(1.0, 1, 1.0, 0.5), (1.0, 0, 0.9, 0.5), (1.0, 0, 1.0, 0.5)])
+def test_sums_of_logits_that_are_not_finite_are_no_numbers(wrong, wish):
+    logits_MV = np.tile(np.array(wrong, np.float32), (2, 20))
+    facts_M5, *_ = sieved(logits_MV, 32, [wish] * 2, 40)
+    assert np.isnan(facts_M5[:, 2:4]).all()
+
+
+def test_a_tiny_temperature_leaves_the_largest():
+    """1e-305: what is below the largest is divided to infinity, and its power is 0."""
+    logits_MV = np.array([[0, 3, 1, 3, -1e9]], np.float32)
+    facts_M5, ids_MC, _ = sieved(logits_MV, 2, [(1e-305, 0, 0.9, 0.5)], 5)
+    assert facts_M5[0, :3].tolist() == [2, 3, 2]
+    assert ids_MC[0, :2].tolist() == [1, 3]
 
 
 # ---- schedules -----------------------------------------------------------------------------------
@@ -652,3 +592,8 @@ def test_bits_do_not_depend_on_the_order_of_threads(cache, V, seed):
     for other in others:
         for name, array in other.items():
             assert_same(array, first[name], name)
+    wishes = [(0.7, seed % 50, 0.9, 0.5), (0.7, 0, 1.0, 0.5)]
+    first, *others = (sieved(logits_MV, 32, wishes, V, sched=s) for s in range(3))
+    for other in others:
+        for array, same, name in zip(other, first, ("facts", "ids", "kept"), strict=True):
+            assert_same(array, same, name)

@@ -19,15 +19,21 @@ from llama3np.backend import Device
 from llama3np.cache import new_cache
 from llama3np.config import Config
 from llama3np.errors import InputError
+from llama3np.generate import generate
+from llama3np.kernels.engine import Engine
+from llama3np.llm import Llama
 from llama3np.numerics import profile
 from llama3np.params import Layer, from_named, named
-from llama3np.sample import log_softmax
+from llama3np.sample import Sampling, log_softmax
+from llama3np.threads import Pool
 
 cp = pytest.importorskip("cupy")
 
+from llama3np.kernels.cuda import sieve  # noqa: E402
+from llama3np.kernels.cuda import step as step_module  # noqa: E402
 from llama3np.kernels.cuda.engine import CudaEngine  # noqa: E402
 from llama3np.kernels.cuda.registry import FORMATS, STRETCH  # noqa: E402
-from llama3np.kernels.cuda.step import RECORDS  # noqa: E402
+from llama3np.kernels.cuda.step import RECORDS, Step  # noqa: E402
 from llama3np.kernels.cuda.weights import upload  # noqa: E402
 
 pytestmark = [pytest.mark.cuda, pytest.mark.gpu]
@@ -272,6 +278,48 @@ def test_a_step_waits_for_what_was_done_to_its_cache(softcuda):
     softcuda.config(deferred=False)
 
 
+@pytest.mark.parametrize("way", ["forward", "greedy"])
+def test_a_step_that_is_broken_off_is_waited_for(softcuda, monkeypatch, way):
+    """Ctrl-C between the launch and the wait: what was launched has ended when the caller knows."""
+    params, _ = random_params(WIDE, ("F32",), seed=16)
+    engine, cache = engine_of(params, WIDE), cache_of(WIDE, 1)
+    step, run = engine._step(cache), Step._run
+    assert step.buffers.positions_M.get().tolist() == [-1]
+
+    def broken_off(*args, **options):
+        run(*args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Step, "_run", broken_off)
+    softcuda.config(deferred=True)
+    with pytest.raises(KeyboardInterrupt):
+        engine.forward([[5]], cache) if way == "forward" else engine.greedy([5], cache, 2)
+    assert step.buffers.positions_M.get().tolist() == [0 if way == "forward" else 1]
+    softcuda.config(deferred=False)
+    assert cache.lengths_B.tolist() == [0]
+
+
+def test_a_capture_that_is_broken_off_leaves_a_step_that_works(monkeypatch):
+    params, _ = random_params(WIDE, ("F32",), seed=16)
+    engine, cache = engine_of(params, WIDE), cache_of(WIDE, 1)
+    expected = engine.forward([[5]], cache)
+    cache.reset()
+    launches, launch = iter(range(99)), step_module.launch
+
+    def broken_off(*args, **options):
+        if next(launches) == 3:
+            raise KeyboardInterrupt
+        launch(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step_module, "launch", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            engine.forward([[5]], cache)
+    for _ in range(3):
+        assert_same(engine.forward([[5]], cache), expected, "logits")
+        cache.reset()
+
+
 def test_a_step_is_freed_with_its_cache(softcuda):
     params, _ = random_params(WIDE, ("F32",), seed=17)
     engine = engine_of(params, WIDE)
@@ -281,6 +329,7 @@ def test_a_step_is_freed_with_its_cache(softcuda):
         cache = cache_of(WIDE, 1)
         fed_one_by_one(engine, cache, [1, 2, 3])
         engine.greedy([4], cache, 3)
+        engine.sample([4], cache, WISHES["both"], [0.5])
         assert softcuda.stats()["live_bytes"] > before + cache.nbytes
         gc.disable()  # no cycle may hold it
         del cache
@@ -331,6 +380,29 @@ def test_greedy_says_that_weights_are_damaged():
         engine_of(params, config).greedy([1], cache_of(config, 1), 3)
 
 
+def test_damage_beyond_what_is_asked_for_fails_no_answer():
+    """The device looks ahead: its first tokens are good, and only who asks on is told."""
+    config = Config(8, 1, 2, 1, 4, 8, 12, tied=False)
+    params = llama3np.params.random(config, np.random.default_rng(35))
+    ids = engine_of(params, config).greedy([1], cache_of(config, 1), 10)[0][:, 0].tolist()
+    assert len({1, *ids[:4]}) == 5  # no token comes twice before the damaged one has been fed
+    params.embed_VD[ids[2]] = np.nan  # what follows ids[2] is damaged
+    engine, cache = engine_of(params, config), cache_of(config, 1)
+    found, logprobs = engine.greedy([1], cache, 10)
+    assert found[:, 0].tolist() == ids[:3]
+    assert logprobs.shape == (3, 1)
+    assert cache.lengths_B.tolist() == [3]
+    assert all(np.isfinite(array.get()).all() for array in (*cache.k, *cache.v))
+    with pytest.raises(InputError, match="the weights are damaged"):
+        engine.greedy(found[-1], cache, 2)
+    llm = Llama(config, params, device="cuda")
+    for stop in (1, 2):
+        (done,) = llm.generate([[1]], 12, stop_ids=[ids[stop]])
+        assert done.ids == ids[: stop + 1]
+    with pytest.raises(InputError, match="the weights are damaged"):
+        llm.generate([[1]], 12, stop_ids=())
+
+
 def test_greedy_refuses_what_no_step_takes():
     config = Config(8, 1, 2, 1, 4, 8, 12)
     engine = engine_of(llama3np.params.random(config, np.random.default_rng(1)), config)
@@ -338,6 +410,95 @@ def test_greedy_refuses_what_no_step_takes():
         engine.greedy([1] * 9, cache_of(config, 9), 1)
     with pytest.raises(InputError, match="do not fit"):
         engine.greedy([1], cache_of(config, 1, 4), 5)
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+WISHES = {
+    "plain": Sampling(0.8, seed=5),
+    "top-k": Sampling(1.5, top_k=4, seed=6),
+    "top-p": Sampling(1.0, top_p=0.7, seed=7),
+    "both": Sampling(1.2, 9, 0.8, seed=8),
+    "k of all": Sampling(1.2, WIDE.vocab_size, seed=9),
+    "k beyond": Sampling(1.2, 10**6, 0.9, seed=9),
+}
+
+
+def tokens_of(engine, cache, prompts, n, sampling, stops=(), chooser=None):
+    """All tokens of all rows, step by step, with their log-probabilities."""
+    steps = generate(
+        lambda ids_BT, cache, new_B, last_only: engine.forward(ids_BT, cache, new_B),
+        cache, prompts, n, sampling, stops, True, chooser=chooser,
+    )  # fmt: skip
+    return [token for step in steps for token in step]
+
+
+def ids_of(tokens):
+    """What must be the same to the last bit: all of a token but its log-probability."""
+    return [(token.row, token.id, token.finish_reason) for token in tokens]
+
+
+@given(models(), st.integers(1, 4), st.sampled_from([*WISHES.values()]), seeds)
+def test_what_the_device_helps_to_draw_is_what_the_host_draws(model, rows, sampling, seed):
+    """From logits of the same bits: the same ids, whichever rows stop; and the cache goes on."""
+    c, rng = model.config, np.random.default_rng(seed)
+    engine, prompts = engine_of(model.params, c), rng.integers(0, c.vocab_size, (rows, 2)).tolist()
+    expected, found = (
+        tokens_of(engine, cache_of(c, rows), prompts, 8, sampling, [0, 1], chooser)
+        for chooser in (None, engine)
+    )
+    assert ids_of(found) == ids_of(expected)
+    logprobs = [[token.logprob for token in tokens] for tokens in (found, expected)]
+    np.testing.assert_allclose(*logprobs, atol=2**-19, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("wish", WISHES)
+def test_one_seed_gives_one_text_on_every_device(rows, wish):
+    """By the engine numpy and by this one, with rows that stop at different steps."""
+    params, _ = random_params(WIDE, ("BF16",), seed=23)
+    here, there = Engine(params, WIDE, profile("float32"), Pool(1)), engine_of(params, WIDE)
+    prompts = np.random.default_rng(24).integers(0, 70, (rows, 3)).tolist()
+    wanted = prompts, 20, WISHES[wish], range(6)
+    expected = tokens_of(here, new_cache(WIDE, rows, 32), *wanted)
+    found = tokens_of(there, cache_of(WIDE, rows), *wanted, there)
+    assert ids_of(found) == ids_of(expected)
+    if rows > 1:  # ragged
+        assert len({sum(token.row == row for token in found) for row in range(rows)}) > 1
+
+
+@pytest.mark.parametrize("wish", WISHES)
+def test_rows_with_more_candidates_than_there_is_room_for_are_drawn_from_all(monkeypatch, wish):
+    """Then their logits are copied, and the ids are the same."""
+    params, _ = random_params(WIDE, ("F32",), seed=25)
+    engine, found = engine_of(params, WIDE), []
+    for room in (sieve.ROOM, 3):  # a part has 3 ids
+        monkeypatch.setattr(sieve, "ROOM", room)
+        cache = cache_of(WIDE, 2)
+        found.append(tokens_of(engine, cache, [[1], [2]], 12, WISHES[wish], (), engine))
+    assert ids_of(found[0]) == ids_of(found[1])
+    logprobs = [[token.logprob for token in tokens] for tokens in found]
+    np.testing.assert_allclose(*logprobs, atol=2**-19, rtol=0)
+
+
+@pytest.mark.parametrize("wish", WISHES)
+def test_a_draw_says_that_weights_are_damaged_as_the_host_does(wish):
+    config = Config(8, 1, 2, 1, 4, 8, 12)
+    params = llama3np.params.random(config, np.random.default_rng(1))
+    params.norm_D[3] = np.nan
+    with pytest.raises(InputError, match=r"^logits: expected finite numbers, found nan: the "):
+        engine_of(params, config).sample([1], cache_of(config, 1), WISHES[wish], [0.5])
+
+
+def test_a_draw_refuses_what_no_step_takes():
+    config = Config(8, 1, 2, 1, 4, 8, 12)
+    engine = engine_of(llama3np.params.random(config, np.random.default_rng(1)), config)
+    with pytest.raises(InputError, match=r"^sample: expected float32 and 1 to 8 rows, found 9"):
+        engine.sample([1] * 9, cache_of(config, 9), WISHES["plain"], [0.5] * 9)
+    full = cache_of(config, 1, 1)
+    engine.sample([1], full, WISHES["plain"], [0.5])
+    with pytest.raises(InputError, match="do not fit"):
+        engine.sample([1], full, WISHES["plain"], [0.5])
 
 
 # ---- what a step costs ---------------------------------------------------------------------------
@@ -375,6 +536,25 @@ def test_greedy_steps_are_a_graph_launch_each_and_one_copy_back_in_all(softcuda)
             engine.greedy([1], cache, n)
             assert counts(softcuda) == {"graph_launches": n, "d2h": 1, "syncs": 1}
             assert softcuda.stats()["d2h_bytes"] == 16 * n
+
+
+LARGE = Config(32, 1, 2, 1, 16, 32, 9000)  # a vocabulary of more ids than candidates are copied
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_a_step_that_draws_is_one_graph_launch_and_one_small_copy_back(softcuda, rows):
+    """Whatever is wished for: the same graph reads temperature, top-k, top-p and random numbers."""
+    params, _ = random_params(LARGE, ("F32",), seed=26)
+    engine, cache = engine_of(params, LARGE), cache_of(LARGE, rows)
+    numbers_B = np.linspace(0, 0.99, rows)
+    with strict():
+        for _ in range(2):  # launch by launch, and captured
+            engine.sample([1] * rows, cache, WISHES["top-k"], numbers_B)
+        for wish in ("plain", "top-k", "both"):
+            softcuda.reset()
+            engine.sample([1] * rows, cache, WISHES[wish], numbers_B)
+            assert counts(softcuda) == {"graph_launches": 1, "d2h": 1, "syncs": 1}
+            assert softcuda.stats()["d2h_bytes"] == rows * (5 * 8 + 4096 * 8)
 
 
 @pytest.mark.parametrize(

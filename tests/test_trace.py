@@ -133,6 +133,15 @@ def test_a_selection_is_cut_out_of_the_whole_trace(chosen):
         assert_same(part.arrays[name], np.take(whole.arrays[name], rows, axis), name)
 
 
+def test_a_selection_may_be_in_any_order_and_name_one_twice(tiny):
+    found = trace.record(tiny, [1, 2, 3, 4], 2, [2, 0, 2], [3, 1, 3], ["q", "logits", "q"])
+    expected = trace.record(tiny, [1, 2, 3, 4], 2, [0, 2], [1, 3], ["logits", "q"])
+    assert list(found.arrays) == list(expected.arrays)
+    assert found.meta == expected.meta
+    for name in expected.arrays:
+        assert_same(found.arrays[name], expected.arrays[name], name)
+
+
 @given(selections())
 def test_the_plan_says_the_bytes_that_come(chosen):
     model, ids, prefill, *selected = chosen

@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import paths
@@ -91,6 +95,16 @@ def test_greedy_tokens_are_traced_one_at_a_time(command, tiny):
     assert found.arrays["logits"].argmax(-1)[3:6].tolist() == ids[4:]
 
 
+def test_a_stop_token_does_not_end_a_trace(tiny, capsys, monkeypatch, tmp_path):
+    shutil.copytree(tiny, tmp_path / "stops")
+    (tmp_path / "stops" / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": list(range(TINY.vocab_size))})
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["trace", "stops", *PLAIN, "--decode", "3", "-o", "t"]) == 0
+    assert len(files.read("t").meta["ids"]) == 7
+
+
 def test_float64_is_the_oracle(command, tiny):
     assert command(*PLAIN, "--profile", "float64", "-o", "t.npz")[0] == 0
     found = files.read("t.npz")
@@ -162,6 +176,23 @@ def test_a_disk_without_room_is_told_before_anything_runs(command, monkeypatch, 
     assert status == 2
     assert "t.npz: needs " in stderr
     assert "has 1,000 free (--layers, --positions and --taps bound the size)" in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["t.safetensors", "t.npz", "t"])
+def test_ctrl_c_leaves_nothing(tiny, tmp_path, out):
+    ids = ",".join("1" for _ in range(3000))
+    args = ["trace", tiny, "--prompt-ids", ids, "--prefill", "1", "--taps", "logits", "-o", out]
+    code = "import sys; from llama3np.cli import main; sys.exit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *args, "--engine", "numpy", "--no-budgets"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr.readline() == f"{out}: 1 tap at 3000 of 3000 positions, 360 kB\n"
+    time.sleep(0.3)  # amid its 3000 calls
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 130
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def fresh(path):
 def write(path, given_arrays, meta=META):
     specs = {name: Spec(a.shape, a.dtype) for name, a in given_arrays.items()}
     with output.new_trace(path, specs, meta) as places:
-        for name in reversed(places):  # in any order
+        for name in reversed(list(places)):  # in any order
             places[name][...] = given_arrays[name]
     return path
 
@@ -161,6 +162,27 @@ def test_a_failure_leaves_nothing_behind(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_what_was_written_does_not_stay_mapped(tmp_path, name):
+    """Else a trace would take as much memory as it is large."""
+    specs = {n: Spec(a.shape, a.dtype) for n, a in SMALL.items()}
+    with output.new_trace(tmp_path / name, specs, {}) as places:
+        place = places["logits"]
+        if sys.platform == "linux":
+            assert mapped(tmp_path) == 1
+        place[...] = 1
+        del place
+        for tap in places:
+            places[tap][...] = 1
+        assert mapped(tmp_path) == 0
+
+
+def mapped(folder):
+    """How many maps of files in a folder this process has."""
+    maps = Path("/proc/self/maps")
+    return maps.read_text().count(f" {folder}/") if maps.exists() else 0
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_full_disk_is_told_before_anything_is_computed(tmp_path, monkeypatch, name):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -177,6 +199,15 @@ def test_a_trace_larger_than_the_disk_is_refused(tmp_path, name):
     with pytest.raises(InputError, match=r"needs [\d,]+ bytes, but .* has [\d,]+ free"):
         output.room_for(tmp_path / "a" / "b" / name, specs)
     assert output.room_for(tmp_path / name, {"q": Spec((2, 3), np.dtype("<f4"))}) == 24
+
+
+def test_an_npz_file_needs_room_for_two(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=30))
+    specs = {"q": Spec((2, 3), np.dtype("<f4"))}
+    assert output.room_for(tmp_path / "t", specs) == 24
+    with pytest.raises(InputError, match="needs 48 bytes"):
+        output.room_for(tmp_path / "t.npz", specs)
 
 
 # ---- what others wrote --------------------------------------------------------------------------
@@ -313,6 +344,7 @@ BAD_MANIFESTS = {
     "shape": ({"arrays": [ITEM | {"shape": [-1]}]}, "the array 'q': expected name"),
     "outside": ({"arrays": [ITEM | {"file": "../q.f32"}]}, "found '../q.f32'"),
     "size": ({"arrays": [ITEM | {"shape": [3]}]}, "takes 12 bytes, found 8"),
+    "more": ({"arrays": [ITEM | {"shape": [1]}]}, "takes 4 bytes, found 8"),
     "absent": ({"arrays": [ITEM | {"file": "x.f32"}]}, "x.f32: cannot be read"),
     "twice": ({"arrays": [ITEM, ITEM]}, "is there twice"),
     "ids": ({"arrays": [ITEM], "metadata": {"ids": "1,2"}}, "ids: expected a list of whole"),

@@ -59,6 +59,20 @@ def tok512():
     return llama3np.tokenizer.from_llama2c(paths.shared("data/tok512.bin"))
 
 
+def chatml(template=None):
+    """A ChatML vocabulary of single bytes and two pairs, with this template."""
+    texts = ["<|im_start|>", "<|im_end|>", *byte_alphabet(), "ab", "bc"]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": texts,
+        "tokenizer.ggml.token_type": [3, 3, *[1] * (len(texts) - 2)],
+        "tokenizer.ggml.merges": ["a b", "b c"],
+        "tokenizer.chat_template": template,
+    }
+    return llama3np.tokenizer.from_gguf(metadata, "small.gguf")
+
+
 REAL = {"llama3": llama3, "smollm2": smollm2, "tok512": tok512}
 
 

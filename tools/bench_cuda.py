@@ -48,7 +48,7 @@ def main() -> int:
         return 0
     try:
         if args.model is None:
-            raise InputError("bench_cuda: expected MODEL, or --roofline")
+            raise InputError("expected MODEL, or --roofline")
         if parse_device(args.device).kind == "cpu":
             raise InputError(f"device: expected cuda or cuda:N, found {args.device}")
         use(parse_device(args.device))

@@ -35,7 +35,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(report))
     else:
-        print(f"report: {args.report}\n{report['verdict']}")
+        missing = [c for c in report["checks"] if c["outcome"] == selftest.NOT_RUN]
+        told = [f"not run: {c['part']} {c['name']}: {c['detail']}" for c in missing]
+        print("\n".join([*told, f"report: {args.report}", report["verdict"]]))
     return 0 if report["verdict"] == selftest.PASS else 1
 
 

@@ -108,9 +108,9 @@ def profiles_of(args: argparse.Namespace) -> list[str] | None:
 def tell_size(out: str, plan: trace.Plan) -> None:
     """Say it before anything is written. Raises InputError if the disk has not the room."""
     size = output.room_for(out, plan.specs)
+    count = f"{len(plan.specs)} tap{'s' if len(plan.specs) > 1 else ''}"
     print(
-        f"{out}: {len(plan.specs)} taps at {len(plan.positions)} of {plan.S} positions, "
-        f"{common.show_bytes(size)}",
+        f"{out}: {count} at {len(plan.positions)} of {plan.S} positions, {common.show_bytes(size)}",
         file=sys.stderr,
     )
 

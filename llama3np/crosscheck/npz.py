@@ -10,7 +10,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -97,10 +97,10 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> np.nd
         return array.astype(_meant(array.dtype), copy=False)
 
 
-def write(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write arrays as stored members, each aligned, so that a reader may map them."""
+def write(file: BinaryIO, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Write named arrays as stored members, each aligned, so that a reader may map them."""
     with zipfile.ZipFile(file, "w") as archive:
-        for name, array in arrays.items():
+        for name, array in arrays:
             room = array.nbytes + 1024  # and the header
             with zipped.new_member(archive, file, name + NPY, room) as member:
                 npy.write_array(member, array, allow_pickle=False)

@@ -46,13 +46,13 @@ class Arrays(Mapping[str, np.ndarray]):
     """Name -> array, in the order of the file; each is read anew whenever it is asked for."""
 
     def __init__(self, found: Mapping[str, Entry]):
-        self._found = found
+        self.entries = found
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._found[name].read()
+        return self.entries[name].read()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
+        return iter(self.entries)
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self.entries)

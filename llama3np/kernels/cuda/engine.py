@@ -19,6 +19,7 @@ from llama3np.kernels.cuda.plain import CupyEngine, out_of_memory
 from llama3np.kernels.cuda.step import MOST_ROWS, RECORDS, Model, Step
 from llama3np.numerics import Profile
 from llama3np.params import Params
+from llama3np.sample import Sampling
 
 
 class CudaEngine(CupyEngine):
@@ -66,31 +67,63 @@ class CudaEngine(CupyEngine):
         """Feed one token a row, then n - 1 times the most probable one that followed.
 
         Returns the n tokens that followed, ids_nB, and their natural log-probabilities, float64;
-        the last has been chosen but not fed. The host waits once for RECORDS tokens. Raises
-        InputError as forward does, for rows beyond 8, and for logits that are not finite.
+        the last has been chosen but not fed. They are fewer where logits that are not finite
+        follow: nobody may want what those would have chosen. The host waits once for RECORDS
+        tokens. Raises InputError as forward does, for rows beyond 8, and for logits that are not
+        finite at the first of the tokens.
         """
-        ids_B1 = host_ids(np.asarray(ids_B)[:, None], self.config.vocab_size)
-        if not self._steps_through(cache, len(ids_B1)):
-            raise InputError(
-                f"greedy: expected float32 and 1 to {MOST_ROWS} rows, found {len(ids_B1)}"
-            )
         with on(self.device):
-            cache.check(self.config, self.profile.dtype, cp)
-            cache.room((len(ids_B1), n), None)
-            found, last_B = [], ids_B1[:, 0]
+            last_B = self._checked("greedy", ids_B, cache, n)
+            found = []
             for start in range(0, n, RECORDS):
                 size = min(RECORDS, n - start)
-                ids_nB, logprobs_nB = self._step(cache).greedy(last_B, cache.lengths_B, size)
-                if not np.isfinite(logprobs_nB).all() or (ids_nB >= self.config.vocab_size).any():
-                    raise InputError("logits: expected finite numbers: the weights are damaged")
-                cache.lengths_B, last_B = cache.lengths_B + size, ids_nB[-1]
-                found.append((ids_nB, logprobs_nB))
+                tokens = self._step(cache).greedy(last_B, cache.lengths_B, size)
+                good = self._good(*tokens)
+                if good == 0:
+                    break
+                found.append([array_nB[:good] for array_nB in tokens])
+                cache.lengths_B, last_B = cache.lengths_B + good, found[-1][0][-1]
+                if good < size:
+                    _wipe(cache)
+                    break
+        if not found:
+            raise InputError("logits: expected finite numbers: the weights are damaged")
         ids, logprobs = zip(*found, strict=True)
         return np.concatenate(ids), np.concatenate(logprobs)
 
+    def _good(self, ids_nB: np.ndarray, logprobs_nB: np.ndarray) -> int:
+        """How many tokens of every row were chosen from finite logits, before the first not."""
+        bad_nB = ~np.isfinite(logprobs_nB) | (ids_nB >= self.config.vocab_size)
+        return int((~bad_nB.any(axis=1)).cumprod().sum())
+
+    def sample(
+        self, ids_B: Any, cache: Cache, sampling: Sampling, numbers_B: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Feed one token a row; return the one that follows, drawn with the row's random number.
+
+        ids_1B, and their natural log-probabilities under the model itself, float64; they have not
+        been fed. Raises InputError as greedy does.
+        """
+        with on(self.device):
+            last_B = self._checked("sample", ids_B, cache, 1)
+            found = self._step(cache).sample(last_B, cache.lengths_B, sampling, numbers_B)
+            cache.lengths_B = cache.lengths_B + 1
+        return found[0][None], found[1][None]
+
     def chooser(self, cache: Cache) -> Any:
-        """`greedy` for caches that it takes: 16 bytes a row come back, and not all logits."""
-        return self.greedy if self._steps_through(cache, cache.batch) else None
+        """Itself for caches that steps take: few bytes a row come back, and not all logits."""
+        return self if self._steps_through(cache, cache.batch) else None
+
+    def _checked(self, name: str, ids_B: Any, cache: Cache, n: int) -> np.ndarray:
+        """The ids; raise InputError for what no step takes, or no room for n tokens."""
+        ids_B1 = host_ids(np.asarray(ids_B)[:, None], self.config.vocab_size)
+        if not self._steps_through(cache, len(ids_B1)):
+            raise InputError(
+                f"{name}: expected float32 and 1 to {MOST_ROWS} rows, found {len(ids_B1)}"
+            )
+        cache.check(self.config, self.profile.dtype, cp)
+        cache.room((len(ids_B1), n), None)
+        return ids_B1[:, 0]
 
     def _steps_through(self, cache: Cache, B: int) -> bool:
         whole = all(
@@ -109,6 +142,13 @@ class CudaEngine(CupyEngine):
             except MemoryError as error:
                 raise out_of_memory(self.device, error) from None
         return step
+
+
+def _wipe(cache: Cache) -> None:
+    """Put zeros where no token is held: a mask multiplies by zero, and 0 * NaN would be NaN."""
+    for array_BKSH in (*cache.k, *cache.v):
+        for array_KSH, length in zip(array_BKSH, cache.lengths_B, strict=True):
+            array_KSH[:, length:] = 0
 
 
 def attention(q_BTNH: Any, k_BKSH: Any, v_BKSH: Any, positions_BT: Any, see: Any) -> Any:

@@ -7,14 +7,17 @@ float32, nothing is copied, and the result may be columns of a wider matrix.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import cupy
 import ml_dtypes
 import numpy as np
+from cupy._core import _routines_linalg as linalg  # no public name tells the type of sums
 from cupy.cuda import cublas, device, runtime
 
-_DOUBLE = np.dtype(np.float64)
+_SINGLE, _DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
 CODES = {
     np.dtype(np.float32): runtime.CUDA_R_32F,
     _DOUBLE: runtime.CUDA_R_64F,
@@ -56,6 +59,17 @@ def _stride(a_RC: Any) -> int:
     if columns > 1 and a_RC.strides[1] != a_RC.itemsize:
         raise ValueError("expected contiguous rows")
     return a_RC.strides[0] // a_RC.itemsize if rows > 1 else columns
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Let CuPy's own `@` compute float32 as float32 in a block, whatever CUPY_TF32 says."""
+    chosen = linalg.get_compute_type(_SINGLE)
+    linalg.set_compute_type(_SINGLE, linalg.COMPUTE_TYPE_FP32)
+    try:
+        yield
+    finally:
+        linalg.set_compute_type(_SINGLE, chosen)
 
 
 def product(x_MK: Any, w_NK: Any) -> Any:

@@ -54,7 +54,7 @@ class CupyEngine:
         ops = self.untapped(cache) if tap is None else self.tapped
         c, dtype = self.config, self.profile.dtype
         try:
-            with on(self.device):
+            with on(self.device), gemm.exact():
                 logits_BTV, _ = model.forward(
                     self.params, c, ids_BT, cache, new_B, dtype, ops, tap, last_only
                 )

@@ -37,6 +37,7 @@ BATCHES = (
 WARPS = 8  # of a product's block
 STRETCH = 256  # positions of attention's block
 PARTS = 32  # of a row of logits, when the largest is looked for
+BINS = 1024  # of a row's logits by their distance from the largest, when tokens are drawn
 HEADS = 8  # query heads of one block of attention, at most
 SHARED = 46 * 1024  # bytes of shared memory that every device gives a block, less a little
 
@@ -185,8 +186,8 @@ def query_shares(kernel: Kernel) -> int:
 
 
 def token_kernel(entry: str) -> Kernel:
-    """What brings tokens in and looks for the largest logit: "obey", "pick" or "settle"."""
-    return Kernel(entry, ("tokens.cu",), (), registers=64)
+    """What brings tokens in, and chooses: "obey", "pick" and "settle", or "weigh" and "sift"."""
+    return Kernel(entry, ("tokens.cu",), (("BINS", BINS),), registers=64)
 
 
 def prefill_kernel(head: int, cached: np.dtype) -> Kernel:
@@ -216,6 +217,6 @@ def every_kernel() -> Iterator[Kernel]:
         for entry in ("turn", "attend", "combine"):
             yield attention_kernel(entry, head, group, cached, "interleaved")
         yield attention_kernel("turn", head, group, cached, "half")
-    yield from map(token_kernel, ("obey", "pick", "settle"))
+    yield from map(token_kernel, ("obey", "pick", "settle", "weigh", "sift"))
     for (head, _), cached in product(HEAD_SHAPES, CACHED):
         yield prefill_kernel(head, cached)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import cupy
@@ -10,37 +11,55 @@ import numpy as np
 
 from llama3np import selftest
 from llama3np.backend import Device, on, to_host
-from llama3np.kernels.cuda import registry, weights
+from llama3np.kernels.cuda import kernelcheck, registry, weights
 from llama3np.kernels.cuda.launch import compiled
 from llama3np.kernels.cuda.step import RECORDS
 from llama3np.kernels.ggml import decode
 from llama3np.llm import Llama
+from llama3np.sample import Sampling, all_ids, draw
 
 SHAPES = ((1, 256), (3, 512), (47, 256))  # rows and columns of matrices of blocks
 REPLAYS = 5
+TOLD = 3  # wrong kernels of one kind that a line tells
+SAMPLINGS = (Sampling(0.8), Sampling(1.5, top_k=20), Sampling(0.7, top_p=0.9), Sampling(1, 50, 0.8))
+DRAWS = 4  # of each
 
 
 def kernels(device: Device) -> Iterator[tuple[str, str, selftest.Check]]:
-    """Each kernel of the registry, compiled for this device, within its registers and no spill."""
+    """Each kernel of the registry: within its registers, no spill, and its numbers right."""
     every = list(dict.fromkeys(registry.every_kernel()))
     for entry in dict.fromkeys(kernel.entry for kernel in every):
         some = [kernel for kernel in every if kernel.entry == entry]
-        yield "kernels", f"{len(some)} of {entry}", partial(_compile, some, device)
+        yield "kernels", f"{len(some)} of {entry}", partial(_kernels, some, device)
 
 
-def _compile(some: list[registry.Kernel], device: Device) -> str:
-    most = 0
+def _kernels(some: list[registry.Kernel], device: Device) -> str:
+    most, launches, wrong = 0, 0, []
     for kernel in some:
-        with on(device):
-            built = compiled(kernel)
-            registers, local = built.num_regs, built.local_size_bytes
-        if registers > kernel.registers or local:
-            raise selftest.MismatchError(
-                f"{kernel.name}: {registers} registers ({kernel.registers} allowed), {local} bytes "
-                "of local memory (none allowed)"
-            )
-        most = max(most, registers)
-    return f"compiled; {most} registers at most, no local memory"
+        try:
+            with on(device):
+                most = max(most, _compiled(kernel))
+                launches += kernelcheck.check(kernel)
+        except selftest.MismatchError as error:
+            wrong.append(str(error))
+        except Exception as error:  # the others may still tell something
+            wrong.append(f"{kernel.name}: {type(error).__name__}: {error}")
+    if wrong:
+        told = "; ".join(wrong[:TOLD])
+        raise selftest.MismatchError(f"{len(wrong)} of {len(some)} are wrong: {told}")
+    return f"right in {launches} launches; {most} registers at most, no local memory"
+
+
+def _compiled(kernel: registry.Kernel) -> int:
+    """The registers of a kernel, built for this device."""
+    built = compiled(kernel)
+    registers, local = built.num_regs, built.local_size_bytes
+    if registers > kernel.registers or local:
+        raise selftest.MismatchError(
+            f"{kernel.name}: {registers} registers ({kernel.registers} allowed), {local} bytes "
+            "of local memory (none allowed)"
+        )
+    return registers
 
 
 def rows(device: Device) -> Iterator[tuple[str, str, selftest.Check]]:
@@ -96,3 +115,21 @@ def greedy(device: Device) -> str:
     if (found != np.stack(expected)).any():
         raise selftest.MismatchError("the device chooses others than the largest logits, lowest id")
     return f"{n} tokens of 2 rows, the same"
+
+
+def drawn(device: Device) -> str:
+    """Tokens drawn from what the device leaves of the logits, beside those drawn from all."""
+    config = replace(selftest.WIDE, vocab_size=2001)
+    params = selftest.made(config, "BF16", np.random.default_rng(4))
+    llm = Llama(config, params, device=str(device), engine="cuda")
+    n, ids_B = DRAWS * len(SAMPLINGS), np.array([7, 8])
+    cache, other = llm.new_cache(2, n), llm.new_cache(2, n)
+    for sampling in SAMPLINGS:
+        for numbers_B in np.random.default_rng(5).random((DRAWS, 2)):
+            found, _ = llm.engine.sample(ids_B, cache, sampling, numbers_B)
+            logits_BV = llm.engine.forward(ids_B[:, None], other)[:, 0]
+            every = [all_ids(logits_V, sampling.temperature) for logits_V in logits_BV]
+            ids_B = np.array([draw(every[b], sampling, numbers_B[b]) for b in range(2)])
+            if (found[0] != ids_B).any():
+                raise selftest.MismatchError(f"{sampling}: drawn {found[0]}, expected {ids_B}")
+    return f"{n} tokens of 2 rows in {len(SAMPLINGS)} ways, the same"

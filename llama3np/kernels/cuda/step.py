@@ -8,8 +8,10 @@ step captures them in a CUDA graph, and from then on a step is one launch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from math import sqrt
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import cupy as cp
 import numpy as np
@@ -17,10 +19,15 @@ import numpy as np
 from llama3np.config import Config
 from llama3np.kernels.cuda import registry
 from llama3np.kernels.cuda.launch import launch
+from llama3np.kernels.cuda.pinned import Pinned
 from llama3np.kernels.cuda.registry import BATCHES, PARTS, STRETCH, WARPS
+from llama3np.kernels.cuda.sieve import Sieve
 from llama3np.kernels.cuda.weights import aligned, format_of, stored
 from llama3np.model import rope_tables
 from llama3np.params import Layer, Params
+from llama3np.sample import Sampling
+
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 MOST_ROWS = BATCHES[-1]
 RECORDS = 64  # tokens that a greedy run chooses before the host looks at them
@@ -120,15 +127,22 @@ def buffers(config: Config, M: int, stretches: int) -> Buffers:
     )
 
 
-class Pinned:
-    """Page-locked memory of the host, as an array of both: kernels read it where it is."""
+def _ending(method: Call) -> Call:
+    """Make a method of Step wait for the device even if an exception ends it, be it Ctrl-C.
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any):
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        memory = cp.cuda.alloc_pinned_memory(size)
-        self.host = np.frombuffer(memory, np.uint8, size).view(dtype).reshape(shape)
-        owned = cp.cuda.UnownedMemory(memory.ptr, size, memory, cp.cuda.Device().id)
-        self.device = cp.ndarray(shape, dtype, cp.cuda.MemoryPointer(owned, 0))
+    What still ran would read the orders of the next step, and write to arrays that nobody holds
+    any more.
+    """
+
+    @wraps(method)
+    def waiting(step: Step, *args: Any) -> Any:
+        try:
+            return method(step, *args)
+        except BaseException:
+            step.stream.synchronize()
+            raise
+
+    return cast(Call, waiting)
 
 
 class Step:
@@ -148,19 +162,22 @@ class Step:
         self.logits = Pinned((self.M, model.config.vocab_size), np.float32)
         self.stream, self.pool = cp.cuda.Stream(non_blocking=True), cp.cuda.MemoryPool()
         self.before = cp.cuda.Event(disable_timing=True)
-        self.graphs: dict[tuple[bool, bool], Any] = {}  # by how `_run` is called; None at first
+        self.sieve: Sieve | None = None  # once a token is drawn
+        self.graphs: dict[tuple[bool, str], Any] = {}  # by how `_run` is called; None at first
         self.parts = 0  # of the sums of squares, as the last kernel left them
 
     # ---- what a caller does --------------------------------------------------------------------
 
+    @_ending
     def forward(self, tokens_B: np.ndarray, positions_B: np.ndarray) -> np.ndarray:
         """Logits of one token a row, (B, V) on the host; a row of position -1 is left alone."""
         self._order(tokens_B, positions_B)
-        self._run(ordered=True, chooses=False)
+        self._run(ordered=True, then="copy")
         logits_BV = self.logits.host[: self.B]
         self.buffers.logits_MV[: self.B].get(stream=self.stream, out=logits_BV)  # waits for it
         return logits_BV.copy()
 
+    @_ending
     def greedy(
         self, tokens_B: np.ndarray, positions_B: np.ndarray, n: int
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -171,12 +188,27 @@ class Step:
         """
         self._order(tokens_B, positions_B)
         for i in range(n):
-            self._run(ordered=i == 0, chooses=True)
+            self._run(ordered=i == 0, then="settle")
         records_nM2 = self.buffers.records[:n].get(stream=self.stream)
         with np.errstate(divide="ignore", invalid="ignore"):
             return records_nM2[:, : self.B, 0].astype(np.int64), -np.log(
                 records_nM2[:, : self.B, 1]
             )
+
+    @_ending
+    def sample(
+        self, tokens_B: np.ndarray, positions_B: np.ndarray, sampling: Sampling, numbers_B: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The token of each row that follows, and its log-probability, (B,).
+
+        Each is drawn with its row's random number. Raises InputError as sample.largest does.
+        """
+        if self.sieve is None:
+            self.sieve = Sieve(self.B, self.model.config.vocab_size)
+        self.sieve.order(sampling, numbers_B)
+        self._order(tokens_B, positions_B)
+        self._run(ordered=True, then="sift")
+        return self.sieve.drawn(sampling, numbers_B, self.buffers.logits_MV, self.stream)
 
     # ---- the graph -------------------------------------------------------------------------------
 
@@ -186,12 +218,13 @@ class Step:
         self.before.record()  # what the caller's stream does with the cache comes first
         self.stream.wait_event(self.before)
 
-    def _run(self, ordered: bool, chooses: bool) -> None:
+    def _run(self, ordered: bool, then: str) -> None:
         """At first launch by launch, which loads the kernels; then captured, then its graph.
 
-        ordered: what comes in is what the host says, not what the last step chose.
+        ordered: what comes in is what the host says, not what the last step chose. then: what
+        becomes of the logits, "copy" for the host to take them all, "settle" or "sift".
         """
-        kind = ordered, chooses
+        kind = ordered, then
         with self.stream:
             if kind not in self.graphs:
                 self._launches(*kind)
@@ -201,23 +234,27 @@ class Step:
                 self.graphs[kind] = self._captured(*kind)
             self.graphs[kind].launch(self.stream)
 
-    def _captured(self, ordered: bool, chooses: bool) -> Any:
+    def _captured(self, ordered: bool, then: str) -> Any:
         with cp.cuda.using_allocator(self.pool.malloc):  # nothing of the common pool in a graph
             self.stream.begin_capture()
             try:
-                self._launches(ordered, chooses)
+                self._launches(ordered, then)
             finally:
                 graph = self.stream.end_capture()
         return graph
 
     # ---- the launches --------------------------------------------------------------------------
 
-    def _launches(self, ordered: bool, chooses: bool) -> None:
+    def _launches(self, ordered: bool, then: str) -> None:
         if ordered:
             self._obey()
         self._step()
-        if chooses:
-            self._choose()
+        if then != "copy":
+            self._pick()
+        if then == "settle":
+            self._settle()
+        if then == "sift" and self.sieve is not None:
+            self.sieve.launches(self.buffers.logits_MV, **self._parts())
 
     def _step(self) -> None:
         params, b = self.model.params, self.buffers
@@ -323,12 +360,21 @@ class Step:
         )  # fmt: skip
         self.parts = blocks * registry.square_parts(kernel)
 
-    def _choose(self) -> None:
+    def _parts(self) -> dict[str, Any]:
+        """What `pick` leaves of each part of the logits, but for the ids."""
+        return {"peaks": self.buffers.best_peaks, "sums": self.buffers.best_sums}
+
+    def _pick(self) -> None:
         b, V = self.buffers, self.model.config.vocab_size
-        best = {"peaks": b.best_peaks, "ids": b.best_ids, "sums": b.best_sums}
-        launch(registry.token_kernel("pick"), (PARTS, self.M), 256, logits=b.logits_MV, V=V, **best)
+        launch(
+            registry.token_kernel("pick"), (PARTS, self.M), 256,
+            logits=b.logits_MV, V=V, **self._parts(), ids=b.best_ids,
+        )  # fmt: skip
+
+    def _settle(self) -> None:
+        b, V = self.buffers, self.model.config.vocab_size
         launch(
             registry.token_kernel("settle"), (1,), self.M * 32,
-            **best, parts=PARTS, V=V, tokens=b.tokens_M, positions=b.positions_M,
-            records=b.records, room=RECORDS, count=b.count,
+            **self._parts(), ids=b.best_ids, parts=PARTS, V=V, tokens=b.tokens_M,
+            positions=b.positions_M, records=b.records, room=RECORDS, count=b.count,
         )  # fmt: skip
