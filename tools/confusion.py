@@ -19,10 +19,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from confusion_page import Result, page
 
 import llama3np
-from llama3np.crosscheck import files, mutations
+from llama3np.crosscheck import files
 from llama3np.crosscheck.diagnose import diagnose
 from llama3np.load.convert import convert
 from llama3np.load.installed import resolve
@@ -38,27 +40,7 @@ TEXTS = (
 LONGER = (" ".join(TEXTS[:2]), " ".join(TEXTS[2:]))
 SHORT_FIRST = (*TEXTS[2:], *TEXTS[:2])  # what is fed with mistakes is the first one
 MADE_UP = [7, 3, 200, 41, 5, 99, 180, 12, 255, 64, 33, 3, 77, 101, 9, 222]  # ids of no text
-PARTS = ("full", "logits")
 JOB = "job.json"  # there once all traces are
-
-
-class Result(NamedTuple):
-    """What came of one case. rank: 1 for the first of those ranked; 0 if it is not among them."""
-
-    mistake: str
-    form: str
-    model: str
-    part: str
-    status: str
-    verdict: str | None
-    rank: int
-    alike: list[str]
-    invisible: bool
-
-    @property
-    def named(self) -> bool:
-        """Whether the diagnosis begins with the mistake that was made."""
-        return self.verdict == self.mistake
 
 
 # ---- what is run ---------------------------------------------------------------------------------
@@ -118,84 +100,6 @@ def result_of(llm: llama3np.Llama, file: Path, wanted: list[int]) -> Result:
         ranked.index(mistake) + 1 if mistake in ranked else 0,
         alike, mistake in found.invisible,
     )  # fmt: skip
-
-
-# ---- the page ------------------------------------------------------------------------------------
-
-
-def page(found: list[Result]) -> str:
-    """docs/confusion.md."""
-    made = [each for each in found if not each.mistake.startswith("right-")]
-    right = [each for each in found if each.mistake.startswith("right-")]
-    lines = [INTRODUCTION, *summary(made, right), "", *table(made), "", *untouched(right)]
-    return "\n".join(lines) + "\n"
-
-
-INTRODUCTION = """# Injected against named
-
-Written by `python tools/confusion.py --peers PYTHON`. Each row is a mistake, made in transformers'
-Llama (its classes, weights or config; `tools/injections/mistakes.py`), captured with
-`tools/capture/transformers_capture.py`, and diagnosed by `llama3np diagnose`: once from a full
-trace and once from its logits alone. A cell is what was named; "as well" lists ids that explain the
-numbers equally. The spec's own mutations are not used to make any of it.
-"""
-
-
-def summary(made: list[Result], right: list[Result]) -> list[str]:
-    """How many were named, and that nothing was said of the right ones."""
-    lines = [
-        "| from | mistakes made | named first | invisible there | not named |",
-        "|---|--:|--:|--:|--:|",
-    ]
-    for part in PARTS:
-        of = [each for each in made if each.part == part]
-        named, hidden = sum(e.named for e in of), sum(e.invisible and not e.named for e in of)
-        words = {"full": "full traces", "logits": "logits alone"}[part]
-        lines.append(f"| {words} | {len(of)} | {named} | {hidden} | {len(of) - named - hidden} |")
-    listed = {each.mistake for each in made}
-    lines += [
-        "",
-        f"{len(listed)} of the {len(mutations.table())} mutations that diagnose knows were made.",
-    ]
-    if absent := [id for id in mutations.table() if id not in listed]:
-        lines += [f"Not made: {', '.join(absent)}."]
-    blamed = [each for each in right if each.status != "agrees"]
-    runs = len({(each.mistake, each.model) for each in right})
-    return [*lines, "", f"Of {runs} correct runs, {len(blamed)} were blamed for anything."]
-
-
-def table(made: list[Result]) -> list[str]:
-    """A row for every mistake and model."""
-    lines = [
-        "| made | in | from the full trace | rank | from logits alone | rank |",
-        "|---|---|---|--:|---|--:|",
-    ]
-    rows = {(each.mistake, each.form, each.model): {} for each in made}
-    for each in made:
-        rows[each.mistake, each.form, each.model][each.part] = each
-    for (mistake, form, model), parts in sorted(rows.items()):
-        cells = [cell(parts[part]) for part in PARTS]
-        ranks = [parts[part].rank or "-" for part in PARTS]
-        name = f"{mistake} ({form})" if form else mistake
-        lines.append(f"| {name} | {model} | {cells[0]} | {ranks[0]} | {cells[1]} | {ranks[1]} |")
-    return lines
-
-
-def cell(each: Result) -> str:
-    """What was said."""
-    if each.verdict is None:
-        return "invisible" if each.invisible else f"**{each.status}**"
-    words = each.verdict if each.named else f"**{each.verdict}**"
-    return words + (f", as well {', '.join(each.alike)}" if each.alike else "")
-
-
-def untouched(right: list[Result]) -> list[str]:
-    """A row for every correct run."""
-    lines = ["## Correct runs", "", "| run | in | full trace | logits alone |", "|---|---|---|---|"]
-    for name, model in sorted({(each.mistake, each.model) for each in right}):
-        of = {e.part: e.verdict or e.status for e in right if (e.mistake, e.model) == (name, model)}
-        lines.append(f"| {name.removeprefix('right-')} | {model} | {of['full']} | {of['logits']} |")
-    return lines
 
 
 def main() -> None:

@@ -125,13 +125,26 @@ def diagnose(
     """
     base = setting_of(llm, candidate, ids, prefill)
     with single_threaded_blas():  # its threads wait longer for each other than they work
-        judge, plain = chosen(llm, base, candidate, names)
-        trials: list[Trial] = []
-        for mutation in table().values():
-            if progress:
-                progress(mutation.id)
-            trials += sweep(judge, base, plain, [mutation])
-        return concluded(judge, plain, trials)
+        found = []
+        for judge, plain in judges(llm, base, candidate, names):
+            trials: list[Trial] = []
+            for mutation in table().values():
+                if progress:
+                    progress(mutation.id)
+                trials += sweep(judge, base, plain, [mutation])
+            found.append(concluded(judge, plain, trials))
+            if settled(found[-1]):
+                return found[-1]
+        return found[0]
+
+
+def settled(found: Diagnosis) -> bool:
+    """Whether no other profile of the same precision need be asked.
+
+    What a mistake does to 16 bits may hide whose rounding the candidate has.
+    """
+    beyond = max(found.plain.ratios(found.judge.budget).values())
+    return found.status == "explained" or (found.status == "agrees" and beyond <= SURE)
 
 
 def setting_of(
@@ -151,10 +164,10 @@ def setting_of(
     return Setting(llm.config, llm.params, ids, prefill, bos_id)
 
 
-def chosen(
+def judges(
     llm: Llama, base: Setting, trace: Trace, names: Mapping[str, str] | None
-) -> tuple[Judge, Outcome]:
-    """The judge of that profile of the candidate's precision to which it is nearest."""
+) -> list[tuple[Judge, Outcome]]:
+    """A judge of each profile of the candidate's precision, that first to which it is nearest."""
     kind = precision(trace.meta, {n: a for n, a in trace.arrays.items() if n != "embed"})
     weights = Weights(llm)
     truth = Runner(llm, PROFILES["float64"], weights).record(base)
@@ -165,10 +178,10 @@ def chosen(
         candidate = aligned(runner, base, plain, trace, names)
         judge = Judge(runner, base, plain, candidate, truth)
         outcome = judge.outcome(base)
-        found.append((score(outcome.ratios(judge.fine).values()), judge, outcome))
-    _, judge, outcome = min(found, key=lambda one: one[0])
-    judge.agrees = explained(outcome, judge.wide)
-    return judge, outcome
+        distance = score(outcome.ratios(judge.fine).values())
+        judge.agrees = explained(outcome, judge.wide)
+        found.append((distance, judge, outcome))
+    return [(judge, outcome) for _, judge, outcome in sorted(found, key=lambda one: one[0])]
 
 
 def aligned(
