@@ -71,7 +71,7 @@ MUTANTS = [
     Mutant("Q4_K scale of the low nibbles for both", "pieces.cu", "lane % 8 / 2 * 2 + j / 4,", "lane % 8 / 2 * 2,", PROJECT + "[Q4_K-1]"),
     Mutant("Q6_K runs 1 and 2 exchanged", "pieces.cu", "+ j % 2) >> (run / 2 * 4)", "+ j % 2) >> (run % 2 * 4)", PROJECT + "[Q6_K-8]"),
     Mutant("16-bit rows read one load too far", "pieces.cu", "lane * 8;\n    p.v[u] = k < K", "lane * 8;\n    p.v[u] = k <= K", PROJECT + "[BF16-1]"),
-    Mutant("ragged tail dropped", "pieces.cu", "k + 2 < K", "k + 3 < K", PROJECT + "[F32-1]"),
+    Mutant("ragged tail dropped", "pieces.cu", "k + 2 < K", "k + 3 < K", KERNELS + "project_reads_rows_that_end_anywhere[F32]"),
     Mutant("four vectors' numbers at other places", "pieces.cu", "f / 64 * 2 + f % 2) * PITCH", "f / 64 * 2 + (f + 1) % 2) * PITCH", PROJECT + "[BF16-4]"),
     # ---- products
     Mutant("one row too many read", "product.cu", "n < rows.N ? K : 0", "n <= rows.N ? K : 0", PROJECT + "[BF16-1]"),

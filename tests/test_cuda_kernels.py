@@ -185,6 +185,13 @@ def test_project_is_a_product_with_the_normed_vectors(kind, data, seed, eps):
         kernelcheck.project(kernel, sizes, K, rows, rng, eps, parts)
 
 
+@pytest.mark.parametrize("format", registry.PLAIN)
+def test_project_reads_rows_that_end_anywhere(format):
+    """With 3, 1 and 2 numbers after the last four: sizes that are drawn seldom have them all."""
+    with strict():
+        kernelcheck.check(_project(format, 1, rows_aligned=False))
+
+
 @each_product
 @given(data=st.data(), seed=seeds)
 def test_gate_up_is_swiglu_of_both_products(kind, data, seed):
