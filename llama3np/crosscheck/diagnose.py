@@ -249,11 +249,12 @@ def noisier(trials: Iterable[Trial], judge: Judge) -> list[Trial]:
     nearly = [
         trial
         for trial in trials
-        if trial.outcome.whole
-        and trial.setting.order is None
-        and len(trial.setting.ids) == len(judge.base.ids)
+        if len(trial.setting.ids) == len(judge.base.ids)
+        and len(trial.setting.order or trial.setting.params.layers) >= judge.base.config.n_layers
         and max(trial.outcome.ratios(judge.budget).values(), default=inf) < NEARLY
     ]
     best = min(nearly, key=lambda trial: rank(trial, judge)[-1], default=None)
-    fits = best is not None and explained(best.outcome, judge.allowed(best.setting))
-    return [best] if fits and best else []
+    if best is None:
+        return []
+    whole = best._replace(outcome=judge.outcome(best.setting))
+    return [whole] if explained(whole.outcome, judge.allowed(best.setting)) else []
