@@ -12,6 +12,7 @@ from llama3np.crosscheck.align import align
 from llama3np.crosscheck.allowance import Allowed, beyond
 from llama3np.crosscheck.compare import compare
 from llama3np.crosscheck.layouts import LAYOUTS, Layout, layouts
+from llama3np.crosscheck.recognise import Case, Frame, Positions, choose, readings
 from llama3np.crosscheck.taps import Trace
 from llama3np.errors import InputError
 
@@ -284,6 +285,20 @@ def test_a_layout_is_undone_by_reading_it(case):
         np.testing.assert_array_equal(layout.read(same), first[:, :, 0])
     else:
         np.testing.assert_array_equal(layout.read(shaped), ours.reshape([sizes[x] for x in dims]))
+
+
+@few
+@given(st.integers(0, 2**32 - 1))
+def test_of_wrong_numbers_the_likeliest_shape_is_taken_not_the_nearest(seed):
+    """(1, 8, 16, 8) are heads before positions, though (H, T, N) might be read out of it too."""
+    rng = np.random.default_rng(seed)
+    sizes = {"K": 4, "G": 2, "N": 8, "H": 8, "S": 16}
+    frame = Frame(sizes, Positions({"ids": range(16)}, {}), lambda *_: False)
+    found_1NTH, expected_TNH = rng.normal(size=(1, 8, 16, 8)), rng.normal(size=(16, 8, 8))
+    cases = [Case("layers.0.q_rope", "theirs", found_1NTH, expected_TNH, False)]
+    assert {option.layout.word for option in readings("q_rope", cases, frame)} == {"NTH", "HTN"}
+    layout = choose("q_rope", cases, frame).reading.layout
+    assert (layout.word, layout.reversed) == ("NTH", False)
 
 
 def test_a_shape_that_fits_nothing_has_no_layout():
