@@ -369,10 +369,11 @@ WRONG_KERNELS = {
 
 @pytest.mark.gpu
 def test_every_kernel_of_the_registry_has_a_check():
-    from llama3np.kernels.cuda import kernelcheck, registry
+    from llama3np.kernels.cuda import registry
+    from llama3np.kernels.cuda.checks import edges
 
-    assert {kernel.entry for kernel in registry.every_kernel()} == set(kernelcheck.CASES)
-    assert set(WRONG_KERNELS) == set(kernelcheck.CASES)
+    assert {kernel.entry for kernel in registry.every_kernel()} == set(edges.CASES)
+    assert set(WRONG_KERNELS) == set(edges.CASES)
 
 
 @pytest.fixture
