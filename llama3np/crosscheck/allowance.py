@@ -75,7 +75,8 @@ def precision(
     if told in MATCHING:
         return Precision(told, MATCHING[told], "by its metadata")
     dtype = _by_values(list(arrays.values()))
-    return Precision(dtype, MATCHING[dtype], "by its values")
+    why = f"by its values: there is no budget of {told!r}" if told else "by its values"
+    return Precision(dtype, MATCHING[dtype], why)
 
 
 def _by_values(arrays: list[np.ndarray]) -> str:
