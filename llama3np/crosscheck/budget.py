@@ -210,5 +210,7 @@ def handed_on(sums: Mapping[str, Sums]) -> dict[str, dict[str, float]]:
         nmse = max(nmse, error2 / truth2 if truth2 else 0.0)
         relative = max(relative, error / truth if truth else 0.0)
         budget = {"nmse": nmse, "max_abs": relative * truth}
-        found[name] = {key: float(SHORT.create_decimal(value)) for key, value in budget.items()}
+        found[name] = {
+            key: float(SHORT.create_decimal(repr(value))) for key, value in budget.items()
+        }
     return found

@@ -236,8 +236,9 @@ def first_of(wrong: np.ndarray, axis: int) -> np.ndarray:
 def unreadable(tap: Aligned) -> str:
     """What is wrong with a shape, or with the positions that its rows are of."""
     dims, total = taps.DIMS[taps.parse(tap.name)[1]], tap.expected.shape
-    rows, rest = divmod(math.prod(tap.shape), math.prod(total) // total[dims.index("T")])
-    if not rest and rows in tap.shape:
+    T = dims.index("T")
+    rows, rest = divmod(math.prod(tap.shape), math.prod(total) // total[T])
+    if not rest and rows in (tap.shape[T : T + 1] if len(tap.shape) == len(dims) else tap.shape):
         return f"expected positions in its metadata that say which of ours its {rows} rows are"
     return f"shape {tap.shape} cannot be read as ({', '.join(dims)}) = {total}"
 

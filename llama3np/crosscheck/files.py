@@ -78,7 +78,7 @@ def read(path: str | Path) -> Trace:
 
 
 def opened(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
-    """Every array, of any dtype, and the metadata as they stand there. Raises InputError as `read`."""
+    """Every array, of any dtype, and the metadata as they stand there; InputError as of `read`."""
     if path.is_dir():
         return _read_directory(path)
     data = map_file(path)

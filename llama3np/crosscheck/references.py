@@ -77,7 +77,9 @@ def _ids(found: dict[str, Entry], meta: dict[str, Any]) -> np.ndarray | None:
 
 def _whole(path: str | Path, ids_T: np.ndarray, entry: Entry) -> tuple[np.ndarray, np.ndarray]:
     if entry.dtype not in FLOATS.values():
-        raise InputError(f"{path}: logits: expected one of {', '.join(FLOATS)}, found {entry.dtype}")
+        raise InputError(
+            f"{path}: logits: expected one of {', '.join(FLOATS)}, found {entry.dtype}"
+        )
     logits, T = entry.read(), len(ids_T)
     logits_TV = logits[0] if logits.ndim == 3 and len(logits) == 1 else logits
     if logits_TV.ndim != 2 or len(logits_TV) not in (T, T - 1) or ids_T.dtype.kind not in "iu":
@@ -118,8 +120,8 @@ def checked(found: Kept, path: str | Path) -> Kept:
     for key, array in zip(KEYS[2:], found[2:], strict=True):
         if array.shape != shapes[key] or K < FIVE:
             raise InputError(
-                f"{path}: {key}: expected {R} rows, one for each predicted id, of the same {FIVE} or "
-                f"more logits, found shape {array.shape}"
+                f"{path}: {key}: expected {R} rows, one for each predicted id, of the same {FIVE} "
+                f"or more logits, found shape {array.shape}"
             )
         if key in FINITE:
             _check_finite(path, key, array)

@@ -68,8 +68,8 @@ def activations(llm):
     words = text.value.decode().removesuffix(" (guessed)").split()
     if words[-1] not in ROUNDED_TO:
         print(
-            f"{words[-1]}: llama.cpp rounds what it multiplies by such weights to 8 bits, for which "
-            f"there is no budget: convert the model to F32",
+            f"{words[-1]}: llama.cpp rounds what it multiplies by such weights more coarsely than "
+            f"any budget here: convert the model to F32",
             file=sys.stderr,
         )
     return ROUNDED_TO.get(words[-1], words[-1])
