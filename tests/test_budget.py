@@ -102,6 +102,16 @@ def test_errors_are_handed_on_relative_to_each_taps_size():
     }
 
 
+@given(st.floats(1e-30, 1e30), st.floats(1e-30, 1e30))
+def test_no_budget_is_below_what_was_measured(error, truth):
+    """A right run would leave it by a rounding of its text."""
+    sums = budget.Sums(error2=error, truth2=truth, error=error, truth=truth)
+    found = budget.handed_on({"q": sums})["q"]
+    assert error / truth <= found["nmse"] <= 1.0011 * error / truth
+    assert error / truth * truth <= found["max_abs"] <= 1.0011 * error
+    assert all(float(f"{value:.4g}") == value for value in found.values())
+
+
 def test_masked_scores_count_nothing():
     truth = np.array([[1, -inf], [3, 4]])
     sums = budget.Sums().plus(np.array([[1.5, -inf], [3, 4]], np.float32), truth)
@@ -133,7 +143,10 @@ def test_weights_of_16_bits_are_not_copied(monkeypatch):
 
 @pytest.mark.parametrize(
     ("profiles", "words"),
-    [(["float64"], "float64 is what the others"), (["f32"], "found 'f32'")],
+    [
+        (["float64"], "float64 is what the others"),
+        (["f32"], "--budgets: expected some of float32, .* found 'f32'"),
+    ],
 )
 def test_profiles_that_cannot_be_measured_are_refused(profiles, words):
     with pytest.raises(InputError, match=words):

@@ -20,6 +20,7 @@ from strategies import runs
 
 from llama3np.config import Config
 from llama3np.crosscheck import files, schemes, trace
+from llama3np.crosscheck.allowance import precision
 from llama3np.llm import Llama
 from llama3np.params import random
 
@@ -40,11 +41,10 @@ def test_taps_of_a_numpy_port_are_what_a_trace_has(run, data):
     expected = trace.record(llm, ids, prefill).arrays
     trace.run(llm, ids, prefill, lambda name, _, array: numpy_capture.tap(name, array))
     with tempfile.TemporaryDirectory() as folder:
-        numpy_capture.save(Path(folder) / "port.npz", ids, prefill, implementation="a port")
+        numpy_capture.save(Path(folder) / "port.npz", ids, implementation="a port")
         found = files.read(Path(folder) / "port.npz")
         assert found.meta == {
-            "ids": list(ids), "prefill": prefill or len(ids),
-            "implementation": "a port", "dtype": "float32",
+            "ids": list(ids), "prefill": prefill or len(ids), "implementation": "a port",
         }  # fmt: skip
         assert list(found.arrays) == list(expected)
         for name, array in expected.items():
@@ -58,6 +58,26 @@ def test_a_tap_keeps_what_the_array_was_and_forgets_it_once_saved(tmp_path):
     numpy_capture.save(tmp_path / "x.npz", [1])
     assert files.read(tmp_path / "x.npz").arrays["x"].tolist() == [1, 1, 1]
     assert not numpy_capture.calls
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [([5], 5), ([3, 1, 1], 3), ([1] * 5, 1), ([3, 2], None), ([1], None), ([4, 1, 1], None)],
+)
+def test_the_calls_tell_the_prefill_or_nobody_does(tmp_path, rows, told):
+    for count in rows:
+        numpy_capture.tap("x", np.ones((count, 2)))
+    numpy_capture.save(tmp_path / "x.npz", range(5))
+    assert files.read(tmp_path / "x.npz").meta.get("prefill") == told
+
+
+def test_a_16_bit_array_does_not_speak_for_the_others(tmp_path):
+    """A float16 embedding, and everything else in float32."""
+    numpy_capture.tap("embed", np.full((2, 3), 0.1, np.float16))
+    numpy_capture.tap("logits", np.full((2, 3), 0.1, np.float32))
+    numpy_capture.save(tmp_path / "x.npz", [1, 2])
+    found = files.read(tmp_path / "x.npz")
+    assert precision(found.meta, found.arrays).dtype == "float32"
 
 
 # ---- C -------------------------------------------------------------------------------------------

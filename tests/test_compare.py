@@ -14,13 +14,14 @@ from rich.console import Console
 from strategies import Model
 
 from llama3np.cli import main
-from llama3np.crosscheck import report, taps
+from llama3np.crosscheck import budget, report, taps
 from llama3np.crosscheck.allowance import precision
 from llama3np.crosscheck.compare import compare
 from llama3np.crosscheck.output import new_trace
 from llama3np.crosscheck.stored import Spec
 from llama3np.crosscheck.taps import Trace
 from llama3np.errors import InputError
+from llama3np.llm import Llama
 from llama3np.load import save_hf
 
 IDS = [1, 5, 2, 7]
@@ -151,7 +152,21 @@ def test_another_shape_never_passes(subject, data):
     less = truth.arrays[name].take(range(truth.arrays[name].shape[axis] - 1), axis=axis)
     found = compare(truth, Trace(truth.arrays | {name: less}, {}))
     assert (found.verdict, first(found)) == ("diverge", name)
-    assert "cannot be read as" in found.first_divergence.why
+    T = taps.DIMS[taps.parse(name)[1]].index("T")
+    assert ("positions" if axis == T else "cannot be read as") in found.first_divergence.why
+
+
+@pytest.mark.parametrize(
+    ("rows", "positions"),
+    [(4, [-1] * 4), (3, None), (3, [0, 1]), (4, [4, 5, 6, 7])],
+)
+def test_rows_of_unknown_positions_are_told_as_such(rows, positions):
+    truth = reference(EXAMPLE, IDS)
+    meta = {} if positions is None else {"positions": positions}
+    found = compare(truth, Trace({"logits": truth.arrays["logits"][:rows]}, meta))
+    assert found.first_divergence.why == (
+        f"expected positions in its metadata that say which of ours its {rows} rows are"
+    )
 
 
 @pytest.mark.parametrize(
@@ -291,6 +306,25 @@ def test_small_errors_that_add_up_are_too_large_together():
     assert "all of them together" in found.first_divergence.why
 
 
+@few
+@given(subjects, st.sampled_from(["bf16-hf", "bf16-meta", "f16-hf"]))
+def test_a_right_float32_run_agrees_with_a_rounded_reference(subject, profile):
+    """Whose budgets, as trace writes them, are at least what it is off itself."""
+    model, ids = subject
+    llm = Llama(model.config, model.params, engine="numpy", threads=1)
+    budgets = budget.measure(llm, ids, ["float32", profile])
+    assume(profile in budgets)  # it does not overflow
+    truth = run(model, ids, profile)
+    truth.meta["budgets"] = budgets
+    found = compare(truth, run(model, ids, "float32"))
+    assert (found.verdict, first(found)) == ("agree", None)
+
+
+def test_a_dtype_without_a_budget_is_told():
+    found = precision({"dtype": "Q4_1"}, {"q": np.full((2, 2), 0.1, np.float32)})
+    assert found.why == "by its values: there is no budget of 'q4_1'"
+
+
 # ---- ties ----------------------------------------------------------------------------------------
 
 
@@ -331,6 +365,18 @@ def test_steps_through_the_cache_are_compared_like_all_at_once(subject, data):
     model, ids = subject
     truth = reference(model, ids, prefill=data.draw(st.integers(1, len(ids))))
     assert compare(truth, huggingface(run(model, ids))).verdict == "agree"
+
+
+@pytest.mark.parametrize(("theirs", "told"), [(2, False), (4, True), (None, False)])
+def test_another_split_into_calls_is_told(theirs, told):
+    truth = reference(EXAMPLE, IDS, prefill=2)
+    candidate = run(EXAMPLE, IDS, prefill=theirs)
+    if theirs is None:
+        del candidate.meta["prefill"]
+    found = compare(truth, candidate)
+    said = "the first call (prefill) took 2 ids of the reference and 4 of the candidate"
+    assert found.verdict == "agree"
+    assert any(note.startswith(said) for note in found.notes) == told
 
 
 # ---- what is shown -------------------------------------------------------------------------------
@@ -478,6 +524,14 @@ def test_logits_over_a_text_are_compared_by_their_predictions(tmp_path, capsys):
     assert (found["tokens"], found["kl_mean"] > 0.01) == (3, True)
     assert main(["compare", paths[0], paths[0], "--logits"]) == 0
     assert "top-1 agreement        100.00%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "option", ["--partial", "--full", "--plot=x.png", "--map=x", "--profile=float32", "--model=x"]
+)
+def test_predictions_take_no_options_of_traces(option, capsys):
+    assert main(["compare", "absent", "absent", "--logits", option]) == 2
+    assert f"without {option.partition('=')[0]}" in capsys.readouterr().err
 
 
 def test_a_budget_is_measured_with_the_model_where_the_reference_has_none(tmp_path, files, capsys):

@@ -11,7 +11,7 @@ from strategies import seeds
 from test_cli import llama3np, result
 
 import llama3np as package
-from llama3np.crosscheck import logits, references
+from llama3np.crosscheck import logits, references, trace
 from llama3np.errors import InputError
 
 TEXT = "Once upon a time, there was a little girl named Lily."
@@ -162,6 +162,7 @@ def test_a_file_of_all_logits_is_as_good_as_a_reference(stories, ids, tmp_path):
         (lambda a: a | {"ids": a["ids"][:-1]}, "logits: expected"),
         (lambda a: a | {"ids": np.r_[a["ids"][:-1], 0]}, "expected token id"),
         (lambda a: {"logits": a["logits"]}, "found no ids"),
+        (lambda a: {"ids": a["ids"]}, "found no logits"),
         (lambda a: a | {"logits": a["logits"][:-3]}, "logits: expected"),
         (lambda a: a | {"logits": a["logits"][0]}, "logits: expected"),
         (lambda a: a | {"ids": a["ids"].astype(float)}, "integer ids"),
@@ -182,6 +183,80 @@ def test_not_a_number_never_passes(stories, ids, tmp_path):
     np.savez(tmp_path / "cand.npz", ids=np.array(ids), logits=wrong_TV)
     with pytest.raises(InputError, match="finite"):
         references.compared(tmp_path / "ref.npz", tmp_path / "cand.npz")
+
+
+V = 512  # of stories260K
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"logits": lambda a: a[:, :100]}, "ids: expected numbers from 0 to 99"),
+        ({"ids": lambda a: a + 1000}, "ids: expected numbers from 0 to 511"),
+        ({"ids": lambda a: -a}, "ids: expected numbers from 0 to 511"),
+        ({"ids": lambda a: a[:1], "logits": lambda a: a[:1]}, "expected at least 2, found 1"),
+        ({"logits": lambda a: a.astype(np.complex64)}, "expected one of f32.*, found complex64"),
+        ({"logits": lambda a: a.astype(int)}, "expected one of f32.*, found int64"),
+    ],
+)
+def test_all_logits_of_no_text_are_refused(stories, ids, tmp_path, change, said):
+    right = {"ids": np.array(ids), "logits": stories.forward(ids)[0]}
+    np.savez(tmp_path / "bad.npz", **right | {k: edit(right[k]) for k, edit in change.items()})
+    with pytest.raises(InputError, match=rf"bad\.npz: .*{said}"):
+        references.read(tmp_path / "bad.npz")
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "said"),
+    [
+        ("top_logits", lambda a: a[:, :5], "expected .* rows, one for each predicted id"),
+        ("top_logits", lambda a: a + np.nan, "expected finite numbers"),
+        ("logsumexp", lambda a: a * np.nan, "expected finite numbers"),
+        ("nll", lambda a: a[:-1], "expected .* rows"),
+        ("nll", lambda a: a.astype(complex), "expected floats, found complex128"),
+        ("top_ids", lambda a: a - 600, "expected ids from 0 on"),
+        ("top_ids", lambda a: a.astype(float), "expected whole numbers"),
+        ("top_ids", lambda a: a[0], "expected .* rows"),
+        ("starts", lambda a: a[:0], "expected where windows"),
+        ("starts", lambda a: a + 1, "expected where windows"),
+        ("ids", lambda a: a[:1], "expected at least 2"),
+        ("ids", lambda a: a - 600, "expected numbers from 0 on"),
+    ],
+)
+def test_a_spoiled_reference_is_refused(stories, ids, tmp_path, key, change, said):
+    found, _ = logits.score(stories, logits.windows(stories, ids), 8)
+    right = dict(zip(references.KEYS, found, strict=True))
+    np.savez(tmp_path / "bad.npz", **right | {key: change(right[key])})
+    with pytest.raises(InputError, match=rf"bad\.npz: {key}: {said}"):
+        references.read(tmp_path / "bad.npz")
+
+
+def test_a_smaller_vocabulary_than_the_references_is_refused(stories, ids, tmp_path):
+    found, _ = logits.score(stories, logits.windows(stories, ids), 8)
+    references.save(tmp_path / "ref.npz", found._replace(top_ids_RK=found.top_ids_RK + V), {})
+    np.savez(tmp_path / "all.npz", ids=np.array(ids), logits=stories.forward(ids)[0])
+    with pytest.raises(InputError, match="a vocabulary of more than"):
+        references.compared(tmp_path / "ref.npz", tmp_path / "all.npz")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_logits_of_every_dtype_are_compared(stories, ids, tmp_path, dtype):
+    """bfloat16 as NumPy keeps it, V2."""
+    all_TV = stories.forward(ids)[0]
+    np.savez(tmp_path / "wide.npz", ids=np.array(ids), logits=all_TV)
+    np.savez(tmp_path / "own.npz", ids=np.array(ids), logits=all_TV.astype(np.dtype(dtype)))
+    found = references.compared(tmp_path / "wide.npz", tmp_path / "own.npz")
+    assert found["kl_max"] < 0.05
+    assert found["top1_agreement"] > 0.9
+
+
+@pytest.mark.parametrize("name", ["t.safetensors", "t.npz", "t"])
+def test_the_logits_of_a_trace_are_as_good(stories, ids, tmp_path, name):
+    trace.write(tmp_path / name, stories, ids, taps=["logits"])
+    np.savez(tmp_path / "all.npz", ids=np.array(ids), lm_head=stories.forward(ids)[0][None])
+    found = references.compared(tmp_path / name, tmp_path / "all.npz")
+    assert (found["tokens"], found["top1_agreement"]) == (len(ids) - 1, 1)
+    assert found["kl_max"] < 1e-9
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -213,6 +288,16 @@ def test_what_is_wrong_is_said_in_a_sentence(options, said):
     assert done.returncode == 2
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_id_that_no_window_has_room_for_is_told():
+    """Of ids that begin without BOS: 3 in windows of 2 leave the last one alone."""
+    model = paths.shared("data/stories260K.bin")
+    done = llama3np("score", model, "--prompt-ids", "403,407,261", "--window", "2")
+    assert done.returncode == 0
+    assert "the last id is left out" in done.stderr
+    whole = llama3np("score", model, "--prompt-ids", "403,407", "--window", "2")
+    assert "left out" not in whole.stderr
 
 
 def test_another_text_than_the_reference_is_refused(tmp_path):

@@ -70,7 +70,7 @@ def test_all_taps_are_written(command, tiny, out):
 
 
 def test_a_selection_is_written(command, tiny):
-    selected = ["--layers", "0,2", "--positions", "0-1,3", "--taps", "q,k_rope,logits"]
+    selected = ["--layers", "0,2", "--positions", "0-1,3", "--taps", "q, k_rope,logits"]
     assert command(*PLAIN, *selected, "-o", "t")[0] == 0
     options = {"layers": [0, 2], "positions": [0, 1, 3], "taps": ["q", "k_rope", "logits"]}
     found = files.read("t")
@@ -144,6 +144,8 @@ BAD = {
     "empty": (["--taps", ""], "found ''"),
     "prefill": (["--prefill", "0"], "--prefill: expected 1 to 4 ids, found 0"),
     "prefill of decode": (["--prefill", "5", "--decode", "2"], "--prefill: expected 1 to 4 ids"),
+    "profile": (["--budgets", "foo"], "--budgets: expected some of float32"),
+    "decode too many": (["--decode", "9999"], "--decode: expected "),
     "decode": (["--decode", "-1"], "decode: expected a whole number from 0 on, found -1"),
     "budgets": (["--budgets", "float32"], "expected one of --budgets and --no-budgets"),
     "ending": (["-o", "t.pt"], "t.pt: expected a name that ends in .safetensors or .npz"),

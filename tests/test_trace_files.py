@@ -270,6 +270,14 @@ def test_whole_numbers_beside_the_taps_are_ids_and_positions_or_left_out(tmp_pat
     assert (trace.meta["ids"], sorted(trace.meta["left_out"])) == ([3, 4], ["mask", "q_int8"])
 
 
+def test_null_is_as_good_as_absent(tmp_path):
+    meta = dict.fromkeys(("ids", "positions", "prefill", "profile", "dtype", "config", "budgets"))
+    assert files.read(write(tmp_path / "t", SMALL, meta)).meta == {}
+    text = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+    np.savez(tmp_path / "a.npz", q=np.ones(2), ids=np.array([4]), __metadata__=text)
+    assert files.read(tmp_path / "a.npz").meta == {"ids": [4]}
+
+
 def test_metadata_win_over_arrays_of_that_name(tmp_path):
     tensors = {"q": np.ones(2, "f4"), "ids": np.array([9])}
     text = {"llama3np": json.dumps({"ids": [1]})}
@@ -349,6 +357,22 @@ BAD_MANIFESTS = {
     "twice": ({"arrays": [ITEM, ITEM]}, "is there twice"),
     "ids": ({"arrays": [ITEM], "metadata": {"ids": "1,2"}}, "ids: expected a list of whole"),
     "config": ({"arrays": [ITEM], "metadata": {"config": [1]}}, "config: expected an object"),
+    "profile": ({"arrays": [ITEM], "metadata": {"profile": {}}}, "profile: expected text"),
+    "told dtype": ({"arrays": [ITEM], "metadata": {"dtype": [1]}}, "dtype: expected text"),
+    **{
+        f"prefill {value}": (
+            {"arrays": [ITEM], "metadata": {"prefill": value}},
+            "prefill: expected a whole number from 1 on, found",
+        )
+        for value in ("x", 3.5, 0, True)
+    },
+    **{
+        f"budgets {value}": (
+            {"arrays": [ITEM], "metadata": {"budgets": {"float32": value}}},
+            "budgets: ",
+        )
+        for value in (None, [], {"q": 1}, {"q": {"max_abs": 1}}, {"q": {"max_abs": 1, "nmse": "x"}})
+    },
 }
 
 

@@ -22,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ref", metavar="REF", help="a trace that llama3np made")
     parser.add_argument("cand", metavar="CAND", help="the other implementation's, in any names")
     parser.add_argument(
-        "--logits", action="store_true", help="both are .npz of logits over a text: how far apart"
+        "--logits", action="store_true", help="both hold logits over a text: how far apart"
     )
     parser.add_argument("--map", metavar="FILE", help='JSON: {"their.{i}.name": "layers.{i}.q"}')
     parser.add_argument("--partial", action="store_true", help="CAND needs no logits")
@@ -39,6 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare, print; 0 if they agree, 1 if not, 2 if that cannot be told."""
     if args.logits:
+        refuse_options(args)
         far = references.compared(args.ref, args.cand)
         print(json.dumps(report.plain(far)) if args.json else "\n".join(score.lines(far)))
         return 0
@@ -58,6 +59,13 @@ def run(args: argparse.Namespace) -> int:
         report.plot(result, args.plot)
     show(result, args.json, args.full)
     return STATUS[result.verdict]
+
+
+def refuse_options(args: argparse.Namespace) -> None:
+    """Raise InputError for an option of traces, which predictions over a text have no use for."""
+    for name in ("map", "partial", "profile", "model", "plot", "full"):
+        if getattr(args, name):
+            raise InputError(f"compare: expected --logits without --{name}, which is of traces")
 
 
 def measured(args: argparse.Namespace, meta: dict[str, Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,11 @@ def run(args: argparse.Namespace) -> None:
         references.check_new(args.out)
     reference = None if args.against is None else reference_of(args.against)
     llm, _ = common.load_model(args)
-    parts = logits.windows(llm, ids_of(args, llm), args.window)
+    ids = ids_of(args, llm)
+    parts = logits.windows(llm, ids, args.window)
+    if sum(map(len, parts)) < len(ids):
+        said = "the last id is left out: alone in its window, nothing predicts it"
+        print(f"score: {said}", file=sys.stderr)
     kept, apart = logits.score(llm, parts, args.top, reference)
     result: dict[str, Any] = {"tokens": len(kept.nll_R), **logits.perplexity(kept.nll_R)}
     if apart is not None:

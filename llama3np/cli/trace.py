@@ -49,11 +49,16 @@ def run(args: argparse.Namespace) -> None:
     llm, _ = common.load_model(args)
     prompt_ids = common.prompt_ids(args, llm)
     n_tokens = len(prompt_ids) + as_count("decode", args.decode, 0)
+    if args.decode and n_tokens > llm.max_seq_len:
+        raise InputError(
+            f"--decode: expected {llm.max_seq_len} ids at most (max_seq_len), found "
+            f"{len(prompt_ids)} of the prompt and {args.decode} more"
+        )
     first = first_call(args, len(prompt_ids))
     chosen: dict[str, Any] = {
         "layers": numbers(args.layers, "--layers"),
         "positions": numbers(args.positions, "--positions"),
-        "taps": None if args.taps is None else args.taps.split(","),
+        "taps": words(args.taps),
     }
     plan = trace.planned(llm.config, n_tokens, **chosen, dtype=trace.dtype_of(llm))
     tell_size(args.out, plan)
@@ -93,13 +98,19 @@ def numbers(text: str | None, option: str) -> list[int] | None:
     return found
 
 
+def words(text: str | None) -> list[str] | None:
+    """Names from "q, k_rope"; None for all."""
+    return None if text is None else [part.strip() for part in text.split(",")]
+
+
 def profiles_of(args: argparse.Namespace) -> list[str] | None:
     """The profiles whose error is measured; None for those that are affordable."""
     if args.no_budgets and args.budgets is not None:
         raise InputError("trace: expected one of --budgets and --no-budgets")
     if args.no_budgets:
         return []
-    return None if args.budgets is None else budget.checked(args.budgets.split(","))
+    wanted = words(args.budgets)
+    return None if wanted is None else budget.checked(wanted)
 
 
 # ---- steps ---------------------------------------------------------------------------------------

@@ -75,7 +75,8 @@ def precision(
     if told in MATCHING:
         return Precision(told, MATCHING[told], "by its metadata")
     dtype = _by_values(list(arrays.values()))
-    return Precision(dtype, MATCHING[dtype], "by its values")
+    why = f"by its values: there is no budget of {told!r}" if told else "by its values"
+    return Precision(dtype, MATCHING[dtype], why)
 
 
 def _by_values(arrays: list[np.ndarray]) -> str:
@@ -127,7 +128,9 @@ class Allowance:
         finite = np.abs(expected[np.isfinite(expected)])
         once = Allowed(self._step * float(finite.max(initial=0)), self._step**2)
         far, own = largest(self._candidate, name, once), largest(self._own, name, NOTHING)
-        root = self.factor * far.nmse**0.5 + own.nmse**0.5
+        # Budgets are relative to the size of the truth; of a rounded reference it may be less.
+        size = max(1 - own.nmse**0.5, 0.5)
+        root = (self.factor * far.nmse**0.5 + own.nmse**0.5) / size
         return Allowed(self.factor * far.max_abs + own.max_abs, root**2)
 
     def within(self, name: str, found: np.ndarray, expected: np.ndarray) -> bool:

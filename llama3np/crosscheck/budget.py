@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from decimal import ROUND_CEILING, Context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +24,14 @@ from llama3np.crosscheck.trace import calls, run
 from llama3np.errors import InputError, warn_once
 from llama3np.kernels import unstored
 from llama3np.llm import Llama, load
-from llama3np.numerics import profile, short_params
+from llama3np.numerics import PROFILES, profile, short_params
 from llama3np.params import Params, named
 
 DEFAULT = ("float32", "bf16-hf", "bf16-meta", "f16-hf")
 ROOM = 4_000_000_000  # bytes of weights rounded to 16 bits that are made without being asked for
-DIGITS = 4  # of a budget: there are thousands of them in a trace's metadata
+# Four digits of a budget, for there are thousands of them in a trace's metadata; rounded up: what
+# was measured stays within it.
+SHORT = Context(prec=4, rounding=ROUND_CEILING)
 
 Budgets = dict[str, dict[str, dict[str, float]]]  # profile -> tap -> "nmse", "max_abs"
 Progress = Callable[[int, int, str], None]  # taps done, taps in all, the tap's name
@@ -68,6 +71,9 @@ def checked(profiles: Iterable[str]) -> list[str]:
     """The profiles, each once. Raises InputError for one that is none, and for float64."""
     wanted = list(dict.fromkeys(profiles))
     for name in wanted:
+        if name not in PROFILES:
+            known = ", ".join(known for known in PROFILES if known != "float64")
+            raise InputError(f"--budgets: expected some of {known}, found {name!r}")
         if profile(name).dtype == "float64":
             raise InputError("budgets: float64 is what the others are measured against")
     return wanted
@@ -204,5 +210,7 @@ def handed_on(sums: Mapping[str, Sums]) -> dict[str, dict[str, float]]:
         nmse = max(nmse, error2 / truth2 if truth2 else 0.0)
         relative = max(relative, error / truth if truth else 0.0)
         budget = {"nmse": nmse, "max_abs": relative * truth}
-        found[name] = {key: float(f"{value:.{DIGITS}g}") for key, value in budget.items()}
+        found[name] = {
+            key: float(SHORT.create_decimal(repr(value))) for key, value in budget.items()
+        }
     return found

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -106,7 +107,19 @@ def compare(
             f"the candidate: expected an array that is a tap of the reference, found "
             f"{', '.join(map(repr, alignment.unused[:3])) or 'none'}; --map tells what is what"
         )
-    return judged(reference, alignment, allowance, partial)
+    result = judged(reference, alignment, allowance, partial)
+    return result._replace(notes=result.notes + calls_differ(reference.meta, candidate.meta))
+
+
+def calls_differ(reference: Mapping[str, Any], candidate: Mapping[str, Any]) -> list[str]:
+    """A note if both tell how many ids went into their first call, and not the same."""
+    ours, theirs = reference.get("prefill"), candidate.get("prefill")
+    if None in (ours, theirs) or ours == theirs:
+        return []
+    return [
+        f"the first call (prefill) took {ours} ids of the reference and {theirs} of the candidate: "
+        f"mistakes of the cache show in what was decoded after it"
+    ]
 
 
 def allowance_of(
@@ -221,10 +234,13 @@ def first_of(wrong: np.ndarray, axis: int) -> np.ndarray:
 
 
 def unreadable(tap: Aligned) -> str:
-    """What is wrong with a shape."""
-    _, kind = taps.parse(tap.name)
-    dims = ", ".join(taps.DIMS[kind])
-    return f"shape {tap.shape} cannot be read as ({dims}) = {tap.expected.shape}"
+    """What is wrong with a shape, or with the positions that its rows are of."""
+    dims, total = taps.DIMS[taps.parse(tap.name)[1]], tap.expected.shape
+    T = dims.index("T")
+    rows, rest = divmod(math.prod(tap.shape), math.prod(total) // total[T])
+    if not rest and rows in (tap.shape[T : T + 1] if len(tap.shape) == len(dims) else tap.shape):
+        return f"expected positions in its metadata that say which of ours its {rows} rows are"
+    return f"shape {tap.shape} cannot be read as ({', '.join(dims)}) = {total}"
 
 
 def reason(expected: float, found: float, single: bool) -> str:

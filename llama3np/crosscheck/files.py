@@ -12,6 +12,7 @@ without metadata.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
@@ -27,6 +28,7 @@ from llama3np.load.files import map_file, parse_json, read_json, view
 
 MANIFEST = "manifest.json"
 META = "__metadata__"  # the array of an .npz file
+_ERRORS = ("max_abs", "nmse")  # of each profile and tap, in budgets
 KEY = "llama3np"  # among the annotations of a .safetensors file
 
 FLOAT_CODES = {name.upper(): dtype for name, dtype in FLOATS.items()}
@@ -35,8 +37,19 @@ _CODES = {f"{kind.upper()}{8 * n}": np.dtype(f"<{kind}{n}") for kind in "iu" for
 _CODES |= {"BOOL": np.dtype(bool), **FLOAT_CODES}
 _MEANT = {"ids": "ids", "input_ids": "ids", "positions": "positions", "position_ids": "positions"}
 
-# What compare and diagnose build on, where it is there.
-_NUMBERS, _OBJECTS = {"ids", "positions"}, {"config", "files", "budgets"}
+# What compare and diagnose build on, where it is there; null is as good as absent.
+_EXPECTED = {
+    **dict.fromkeys(("ids", "positions"), "a list of whole numbers"),
+    **dict.fromkeys(("config", "files", "budgets"), "an object"),
+    **dict.fromkeys(("profile", "dtype"), "text"),
+    "prefill": "a whole number from 1 on",
+}
+_RIGHT: dict[str, Callable[[Any], bool]] = {
+    "a list of whole numbers": lambda value: isinstance(value, list) and all(map(_whole, value)),
+    "an object": lambda value: isinstance(value, dict),
+    "text": lambda value: isinstance(value, str),
+    "a whole number from 1 on": lambda value: _whole(value) and value > 0,
+}
 
 # ---- reading -------------------------------------------------------------------------------------
 
@@ -46,14 +59,15 @@ def read(path: str | Path) -> Trace:
 
     Arrays keep their names, shapes and float dtypes (bfloat16 as NumPy writes it, V2, is bfloat16
     again). Whole numbers named ids, input_ids, positions or position_ids stand in for metadata
-    that is absent; the names of all others come into meta["left_out"].
+    that is absent, or null; the names of all others come into meta["left_out"].
     Raises InputError, in one sentence with the file's name, for what is none of the forms, damaged,
     cut short, or would have to be unpickled; some damage of an .npz file shows only when touched.
     """
     path = Path(path)
-    found, meta = _opened(path)
+    found, meta = opened(path)
     floats = {name: entry for name, entry in found.items() if entry.dtype in FLOATS.values()}
     others = [name for name in found if name not in floats]
+    meta = {key: value for key, value in meta.items() if value is not None}
     for name in others:
         if name in _MEANT and found[name].dtype.kind in "iu":
             meta.setdefault(_MEANT[name], found[name].read().reshape(-1).tolist())
@@ -63,7 +77,8 @@ def read(path: str | Path) -> Trace:
     return Trace(Arrays(floats), meta)
 
 
-def _opened(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
+def opened(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
+    """Every array, of any dtype, and the metadata as they stand there; InputError as of `read`."""
     if path.is_dir():
         return _read_directory(path)
     data = map_file(path)
@@ -78,15 +93,24 @@ def _opened(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
 
 
 def _check(meta: dict[str, Any], path: Path) -> None:
-    for key in sorted(_NUMBERS & meta.keys()):
-        value = meta[key]
-        if not (isinstance(value, list) and all(type(number) is int for number in value)):
-            found = f"expected a list of whole numbers, found {short(value)}"
+    for key in sorted(_EXPECTED.keys() & meta.keys()):
+        if not _RIGHT[expected := _EXPECTED[key]](meta[key]):
+            found = f"expected {expected}, found {short(meta[key])}"
             raise CheckpointError(f"{path}: metadata: {key}: {found}")
-    for key in sorted(_OBJECTS & meta.keys()):
-        if not isinstance(meta[key], dict):
-            found = f"expected an object, found {short(meta[key])}"
-            raise CheckpointError(f"{path}: metadata: {key}: {found}")
+    _check_budgets(meta.get("budgets", {}), path)
+
+
+def _check_budgets(budgets: dict[str, Any], path: Path) -> None:
+    for profile, taps in budgets.items():
+        for tap, errors in taps.items() if isinstance(taps, dict) else ((short(taps), None),):
+            values = [errors.get(key) for key in _ERRORS] if isinstance(errors, dict) else [None]
+            if not all(isinstance(value, (int, float)) for value in values):
+                found = f"expected {' and '.join(_ERRORS)} of {profile}, found {short(errors)}"
+                raise CheckpointError(f"{path}: metadata: budgets: {tap}: {found}")
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int  # which excludes true and false
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:

@@ -168,8 +168,15 @@ def check_same_text(reference: Kept, ids_T: np.ndarray, starts_W: np.ndarray) ->
 
 
 def apart_from(reference: Kept, logits_RV: np.ndarray, logsumexp_R: np.ndarray) -> Apart:
-    """A candidate of which all logits are known, from a reference that may be compact."""
+    """A candidate of which all logits are known, from a reference that may be compact.
+
+    Raises InputError if the candidate has no logits of an id that the reference kept.
+    """
     ids_RK = reference.top_ids_RK
+    if (last := int(ids_RK.max())) >= (V := logits_RV.shape[1]):
+        raise InputError(
+            f"logits: expected a vocabulary of more than {last} ids as the reference has, found {V}"
+        )
     own_RK = np.take_along_axis(logits_RV, ids_RK, axis=-1).astype(np.float64)
     logq_RK = own_RK - logsumexp_R[:, None]
     logp_RK = reference.top_logits_RK - reference.logsumexp_R[:, None]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llama3np import numerics
+from llama3np.sample import log_softmax
 
 
 class Ulps(NamedTuple):
@@ -71,19 +72,11 @@ def kl(found_TV: np.ndarray, expected_TV: np.ndarray) -> np.ndarray:
     sum p (log p - log q), p of the expected logits, q of the found ones; at least 0. Infinite where
     a row of the found ones has no distribution.
     """
-    log_p_TV, log_q_TV = log_softmax(expected_TV), log_softmax(found_TV)
     with np.errstate(invalid="ignore"):
+        log_p_TV, log_q_TV = log_softmax(expected_TV), log_softmax(found_TV)
         terms_TV = np.exp(log_p_TV) * (log_p_TV - log_q_TV)
     kl_T = np.where(log_p_TV == -np.inf, 0, terms_TV).sum(axis=-1)
     return np.where(np.isnan(kl_T), np.inf, np.maximum(kl_T, 0))
-
-
-def log_softmax(logits_TV: np.ndarray) -> np.ndarray:
-    """Log-probabilities in float64 of each row of logits."""
-    with np.errstate(invalid="ignore"):
-        wide_TV = logits_TV.astype(np.float64)
-        down_TV = wide_TV - wide_TV.max(axis=-1, keepdims=True)
-        return down_TV - np.log(np.exp(down_TV).sum(axis=-1, keepdims=True))
 
 
 def finite(found: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ import argparse
 import ctypes
 import json
 import re
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -27,6 +28,9 @@ import llama_cpp
 import numpy as np
 
 F32 = 0  # enum ggml_type
+# To what llama.cpp rounds the activations of a product, by the type of its weights (as its CPU code
+# does, and more coarsely than this for weights of other types: those have no budget).
+ROUNDED_TO = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Nodes that only look at others in another shape, the caches, and what has no name of its own.
 SKIPPED = re.compile(r".*\)|cache_.*|node_.*|norm(-\d+)?|kqv-\d+")
 HEADS = re.compile(r"([QK]cur_rope|kq|kq_soft_max)-\d+")  # (T, heads, H) or (N, T, slots)
@@ -57,12 +61,27 @@ def ggml():
     return library
 
 
+def activations(llm):
+    """The dtype by whose error a model's run is judged; of quantised weights, their type's name."""
+    text = ctypes.create_string_buffer(128)
+    llama_cpp.llama_model_desc(llm.model, text, len(text))  # such as "llama 256M all F32"
+    words = text.value.decode().removesuffix(" (guessed)").split()
+    if words[-1] not in ROUNDED_TO:
+        print(
+            f"{words[-1]}: llama.cpp rounds what it multiplies by such weights more coarsely than "
+            f"any budget here: convert the model to F32",
+            file=sys.stderr,
+        )
+    return ROUNDED_TO.get(words[-1], words[-1])
+
+
 class Capture:
     """Keeps what each evaluation of the graph shows: one sequence, one or more calls."""
 
     def __init__(self):
         self.ggml = ggml()
         self.calls = {}  # node -> an array of each call
+        self.dtype = None  # of the activations, once a model is open
         self._callback = llama_cpp.llama_cpp.ggml_backend_sched_eval_callback(self._seen)
 
     def open(self, path, **options):
@@ -72,7 +91,9 @@ class Capture:
         params.cb_eval = self._callback
         options = {"logits_all": True, "verbose": False, "type_k": F32, "type_v": F32, **options}
         with mock.patch.object(code, "llama_context_default_params", return_value=params):
-            return llama_cpp.Llama(str(path), **options)
+            llm = llama_cpp.Llama(str(path), **options)
+        self.dtype = activations(llm)
+        return llm
 
     def _seen(self, pointer, ask, _):
         """Called twice a node: to ask whether we want it, and when it has been computed."""
@@ -110,7 +131,7 @@ class Capture:
         metadata = {
             "ids": list(ids),
             "prefill": prefill or len(ids),
-            "dtype": "float32",
+            "dtype": self.dtype,
             "implementation": f"llama.cpp through llama-cpp-python {llama_cpp.__version__}",
             **metadata,
         }

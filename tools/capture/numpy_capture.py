@@ -27,15 +27,26 @@ def tap(name, array):
 def save(path, ids, prefill=None, **metadata):
     """Write an .npz file and forget what was kept.
 
-    ids: all of them; prefill: how many went into the first call. Positions are the first axis, but
-    the second of scores and probs, (N, T, S); an early query's later keys are filled as masked.
+    ids: all of them; prefill: how many went into the first call, if the calls do not tell that.
+    Positions are the first axis, but the second of scores and probs, (N, T, S); an early query's
+    later keys are filled as masked. Pass dtype="bfloat16" or the like where the values themselves
+    do not tell in which type they were computed.
     """
     metadata = {"implementation": "NumPy", **metadata, "ids": list(ids)}
-    metadata["prefill"] = prefill or len(ids)
-    metadata["dtype"] = str(next(iter(calls.values()))[0].dtype)
+    metadata["prefill"] = prefill or first_call(len(ids))
     text = np.frombuffer(json.dumps(metadata).encode(), np.uint8)
     np.savez(path, __metadata__=text, **{name: joined(name, calls[name]) for name in calls})
     calls.clear()
+
+
+def first_call(count):
+    """Of so many ids those in the first call, if all others went one at a time; else None."""
+    for name, arrays in calls.items():
+        axis = 1 if name.endswith(("scores", "probs")) else 0
+        rows = [sum(a.shape[axis : axis + 1]) for a in arrays]
+        if sum(rows) == count and all(n == 1 for n in rows[1:]):
+            return rows[0]
+    return None
 
 
 def joined(name, arrays):
