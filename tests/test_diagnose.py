@@ -95,6 +95,7 @@ def test_a_mistake_in_the_spec_is_named(id):
     assert id in named(result)
     assert result["status"] == "explained"
     assert result["error_before"] > result["error_after"] == 1
+    assert result["ranked"][0]["id"] == result["verdict"]
     if result["verdict"] == id:
         assert result["where"] == where
 
@@ -140,6 +141,39 @@ def test_the_changed_line_is_shown():
     ((spec, candidate),) = (change.values() for change in result["changed_lines"])
     assert "* H**-0.5" in spec
     assert "* H**-0.5" not in candidate
+
+
+# ---- parts of a run ------------------------------------------------------------------------------
+
+DEEPER = replace(CONFIG, n_layers=3)
+PARTS = {"embed": ("embed", "layers.1."), "logits": ("layers.1.", "logits")}
+
+
+@pytest.mark.parametrize("kept", PARTS)
+@pytest.mark.parametrize("id", sorted(table()))
+def test_what_a_run_does_not_show_explains_nothing(id, kept):
+    """A mutation without a layer that the candidate has is none that the candidate made."""
+    llm = llama(replace(CONFIGS.get(id, CONFIG), n_layers=11 if "lexicographic" in id else 3))
+    right = part(traced(llm, setting(llm)), kept)
+    for _, wrong in list(table()[id].cases(setting(llm)))[-2:]:
+        arrays = part(traced(llm, wrong), kept)
+        result = diagnosed(llm, arrays)
+        if result["status"] == "explained":
+            assert id in named(result)
+            assert result["verdict"] == id or not result["verdict"].startswith("layer")
+            assert result["ranked"][0]["id"] == result["verdict"]
+        elif result["status"] == "agrees":
+            assert all(np.allclose(arrays[name], right[name], atol=1e-4) for name in right)
+
+
+def part(arrays, kept):
+    return {name: array for name, array in arrays.items() if name.startswith(PARTS[kept])}
+
+
+def test_a_layer_that_is_skipped_is_named_however_layers_are_counted():
+    llm = llama(DEEPER)
+    for where, wrong in table()["layer-skipped"].cases(setting(llm)):
+        assert diagnosed(llm, traced(llm, wrong))["verdict"] == "layer-skipped", where
 
 
 # ---- mistakes in another implementation ----------------------------------------------------------
