@@ -32,6 +32,7 @@ from llama3np.threads import single_threaded_blas
 
 PAIRED_WITH = 4  # of the mutations that help, so many are tried together with others
 NEARLY = 30  # times the budget: no further off may a run be that is only noisier
+HELPFUL = 0.8  # of the error: what a mutation that helps leaves at most
 SURE = 3  # times the finer budget: what the spec must be off before a 16-bit mistake is believed
 
 # ---- sweeps --------------------------------------------------------------------------------------
@@ -86,7 +87,7 @@ def helps(trial: Trial, plain: Outcome, judge: Judge) -> bool:
     mine, first = divergence(trial.outcome, judge), divergence(plain, judge)
     if not trial.outcome.visible or mine is None or first is None:
         return False
-    return judge.order[mine] > judge.order[first] or after < 0.8 * before
+    return judge.order[mine] > judge.order[first] or after < HELPFUL * before
 
 
 # ---- the diagnosis -------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from llama3np.crosscheck import mutant, taps
 from llama3np.crosscheck.align import Aligned
 from llama3np.crosscheck.allowance import Allowed
 from llama3np.crosscheck.compare import Divergence, locate, unreadable
-from llama3np.crosscheck.diagnose import Diagnosis
+from llama3np.crosscheck.diagnose import HELPFUL, Diagnosis
 from llama3np.crosscheck.evidence import Candidate, Unit, calls
 from llama3np.crosscheck.judge import Judge, Trial, divergence, evidence, score
 from llama3np.crosscheck.mutations import table
@@ -157,6 +157,8 @@ def explanation(found: Diagnosis) -> str:
     """One sentence for a porter."""
     if found.status == "agrees":
         return "Nothing is wrong: the candidate is as near to the spec as honest rounding allows"
+    if found.status == "unexplained" and found.judge.agrees:
+        return f"Taken as a whole, what can be read is right, but {found.number.tap} is not"
     if found.status == "unexplained":
         return "No mutation, and no pair of them, explains the candidate"
     best, known = found.explaining[0], table()
@@ -185,8 +187,8 @@ def lines(found: Diagnosis) -> Iterator[str]:
 
 
 def nearest(ranked: list[dict[str, Any]]) -> Iterator[str]:
-    """The first of the mutations that bring the candidate nearer to the spec."""
-    helping = [each for each in ranked if each["error_after"] < each["error_before"]]
+    """The first of the mutations to which the candidate is nearer, over the same taps."""
+    helping = [one for one in ranked if one["error_after"] < HELPFUL * one["error_before"]]
     if helping:
         yield "the nearest:"
     for each in helping[:SHOWN]:
