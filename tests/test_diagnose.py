@@ -13,6 +13,8 @@ from strategies import Model
 
 from llama3np.cli import main
 from llama3np.config import Config, RopeScaling
+from llama3np.crosscheck.budget import measure
+from llama3np.crosscheck.compare import compare
 from llama3np.crosscheck.diagnose import diagnose
 from llama3np.crosscheck.diagnosis import described, lines
 from llama3np.crosscheck.evidence import Runner
@@ -95,6 +97,7 @@ def test_a_mistake_in_the_spec_is_named(id):
     assert id in named(result)
     assert result["status"] == "explained"
     assert result["error_before"] > result["error_after"] == 1
+    assert result["ranked"][0]["id"] == result["verdict"]
     if result["verdict"] == id:
         assert result["where"] == where
 
@@ -140,6 +143,39 @@ def test_the_changed_line_is_shown():
     ((spec, candidate),) = (change.values() for change in result["changed_lines"])
     assert "* H**-0.5" in spec
     assert "* H**-0.5" not in candidate
+
+
+# ---- parts of a run ------------------------------------------------------------------------------
+
+DEEPER = replace(CONFIG, n_layers=3)
+PARTS = {"embed": ("embed", "layers.1."), "logits": ("layers.1.", "logits")}
+
+
+@pytest.mark.parametrize("kept", PARTS)
+@pytest.mark.parametrize("id", sorted(table()))
+def test_what_a_run_does_not_show_explains_nothing(id, kept):
+    """A mutation without a layer that the candidate has is none that the candidate made."""
+    llm = llama(replace(CONFIGS.get(id, CONFIG), n_layers=11 if "lexicographic" in id else 3))
+    right = part(traced(llm, setting(llm)), kept)
+    for _, wrong in list(table()[id].cases(setting(llm)))[-2:]:
+        arrays = part(traced(llm, wrong, product="halves"), kept)
+        result = diagnosed(llm, arrays)
+        if result["status"] == "explained":
+            assert id in named(result)
+            assert id.startswith("layer") or not any(n.startswith("layer") for n in named(result))
+            assert result["ranked"][0]["id"] == result["verdict"]
+        elif result["status"] == "agrees":
+            assert all(np.allclose(arrays[name], right[name], atol=1e-4) for name in right)
+
+
+def part(arrays, kept):
+    return {name: array for name, array in arrays.items() if name.startswith(PARTS[kept])}
+
+
+def test_a_layer_that_is_skipped_is_named_however_layers_are_counted():
+    llm = llama(DEEPER)
+    for where, wrong in table()["layer-skipped"].cases(setting(llm)):
+        assert diagnosed(llm, traced(llm, wrong))["verdict"] == "layer-skipped", where
 
 
 # ---- mistakes in another implementation ----------------------------------------------------------
@@ -263,8 +299,87 @@ def test_what_nothing_explains_has_its_first_divergence():
     assert (result["status"], result["verdict"]) == ("unexplained", None)
     first = result["first_divergence"]
     assert (first["tap"], first["position"], first["index"]) == ("layers.1.mlp_out", 2, 7)
-    assert result["ranked"]
-    assert any("first divergence: layers.1.mlp_out" in line for line in lines(found))
+    assert (result["worst"]["tap"], result["worst"]["call"]) == ("layers.1.mlp_out", 0)
+    assert result["worst"]["error"] > 100 * result["error_before"]
+    text = "\n".join(lines(found))
+    assert "first divergence: layers.1.mlp_out, position 2, index 7: expected" in text
+    assert "the nearest:" not in text  # none of them is any nearer
+
+
+def test_only_mutations_that_help_are_the_nearest():
+    """Of a mistake with another one downstream that nothing explains."""
+    llm = llama()
+    ((_, wrong),) = table()["heads-tiled"].cases(setting(llm))
+    arrays = traced(llm, wrong)
+    arrays["norm"] = np.sin(arrays["norm"])
+    found = diagnose(llm, Trace({n: arrays[n] for n in ("norm", "layers.1.attn")}, {}), IDS, 5)
+    result, text = described(found), list(lines(found))
+    assert result["status"] == "unexplained"
+    shown = text[text.index("the nearest:") + 1 :][:5]
+    assert any(line.startswith("  heads-tiled") for line in shown)
+    for line in filter(lambda line: line.startswith("  "), shown):
+        before, after = line.split(": ")[1].split(",")[0].split(" -> ")
+        assert float(after) < float(before)
+
+
+# ---- single numbers and shapes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(7, 3, 8), (0, 4, 16), (448,)])
+def test_a_shape_that_cannot_be_read_is_no_pass(shape):
+    llm = llama()
+    arrays = {"logits": traced(llm, setting(llm))["logits"]}
+    arrays["layers.0.q"] = np.zeros(shape, np.float32)
+    found = diagnose(llm, Trace(arrays, {}), IDS, PREFILL)
+    result = described(found)
+    assert (result["status"], result["verdict"]) == ("unexplained", None)
+    first = result["first_divergence"]
+    assert (first["tap"], first["position"], first["call"]) == ("layers.0.q", None, 0)
+    told = f"first divergence: layers.0.q: shape {shape} cannot be read as (T, N, H) = (7, 4, 16)"
+    assert told in lines(found)
+
+
+def test_a_mistake_is_named_beside_a_shape_that_cannot_be_read():
+    llm = llama()
+    ((_, wrong),) = table()["heads-tiled"].cases(setting(llm))
+    arrays = {"logits": traced(llm, wrong)["logits"], "layers.0.q": np.zeros((7, 3), np.float32)}
+    result = diagnosed(llm, arrays)
+    assert "heads-tiled" in named(result)
+    assert any(
+        note.startswith("not compared: layers.0.q: shape (7, 3)") for note in result["notes"]
+    )
+
+
+@pytest.mark.parametrize("position", [3, 6])
+def test_one_number_that_is_wrong_among_many_is_no_pass(position):
+    """As compare judges it: by NMSE alone it would be within the budget."""
+    llm = llama()
+    arrays = traced(llm, setting(llm))
+    reference = Trace(arrays, {"config": vars(CONFIG), "ids": list(IDS), "profile": "float32"})
+    logits = arrays["logits"].copy()
+    budgets = measure(llm, IDS, ["float32"], PREFILL)
+    logits[position, 9] += 5 * budgets["float32"]["logits"]["max_abs"]
+    candidate = Trace({"logits": logits}, {"dtype": "float32"})
+    assert compare(reference, candidate, budgets=budgets).verdict == "diverge"
+    found = diagnose(llm, candidate, IDS, PREFILL)
+    assert max(found.plain.ratios(found.judge.wide).values()) < 1
+    result = described(found)
+    assert (result["status"], result["verdict"]) == ("unexplained", None)
+    first = result["first_divergence"]
+    call = max(0, position - PREFILL + 1)
+    assert (first["tap"], first["position"], first["index"]) == ("logits", position, 9)
+    assert first["call"] == call
+
+
+def test_a_candidate_may_be_judged_by_a_named_profile():
+    llm = llama()
+    arrays = traced(llm, setting(llm), "bf16-hf", "halves")
+    arrays = {name: array * np.float32(1 + 2**-20) for name, array in arrays.items()}
+    assert diagnosed(llm, arrays, profile=None)["status"] != "agrees"  # these are not 16 bits
+    found = diagnose(llm, Trace(arrays, {}), IDS, PREFILL, profile="bf16-hf")
+    assert (found.status, found.judge.runner.profile.name) == ("agrees", "bf16-hf")
+    with pytest.raises(InputError, match="float64"):
+        diagnose(llm, Trace(arrays, {}), IDS, PREFILL, profile="float64")
 
 
 def test_nan_is_not_explained():

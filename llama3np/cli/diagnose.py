@@ -13,6 +13,7 @@ from llama3np.crosscheck.diagnose import diagnose
 from llama3np.crosscheck.mutations import table
 from llama3np.errors import InputError
 from llama3np.llm import Llama
+from llama3np.numerics import PROFILES
 
 MODEL_IS_OPTIONAL = True  # of --list
 
@@ -24,6 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     common.prompt_arguments(parser)
     add("--prefill", type=int, metavar="N", help="ids in the first call, the others one at a time")
     add("--map", metavar="NAMES.json", help="its names of taps, {its name: ours}")
+    add("--profile", choices=PROFILES, help="judge by its error, not by what CAND seems to be")
     add("--list", action="store_true", help="print every mistake that is looked for")
     common.load_arguments(parser)
 
@@ -40,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     trace = files.read(args.candidate)
     names = None if args.map is None else schemes.read_map(args.map)
     llm, _ = common.load_model(args)
-    found = diagnose(llm, trace, ids_of(args, llm), args.prefill, names, watching())
+    ids = ids_of(args, llm)
+    found = diagnose(llm, trace, ids, args.prefill, names, watching(), args.profile)
     if args.json:
         print(json.dumps(diagnosis.described(found)))
     else:

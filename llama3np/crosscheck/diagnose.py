@@ -11,12 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import inf
 from typing import NamedTuple
 
-import numpy as np
-
 from llama3np.crosscheck import mutant
-from llama3np.crosscheck.align import align
-from llama3np.crosscheck.allowance import precision
-from llama3np.crosscheck.evidence import Candidate, Runner, Weights, error
+from llama3np.crosscheck.agreement import Numbers
+from llama3np.crosscheck.compare import Divergence
 from llama3np.crosscheck.judge import (
     Judge,
     Outcome,
@@ -26,20 +23,19 @@ from llama3np.crosscheck.judge import (
     explained,
     likeliest,
     rank,
-    score,
 )
+from llama3np.crosscheck.judging import judges, setting_of
 from llama3np.crosscheck.mutations import Mutation, Setting, table
 from llama3np.crosscheck.taps import Trace
-from llama3np.errors import InputError
 from llama3np.llm import Llama
-from llama3np.numerics import PROFILES
 from llama3np.threads import single_threaded_blas
 
 PAIRED_WITH = 4  # of the mutations that help, so many are tried together with others
 UNDONE = (
-    1000  # a mistake that is named though noise grew has undone all of the error but such a part
+    1000  # so many times smaller is the first error, if a mistake that made noise grow is undone
 )
 ALIKE = 0.25  # of a tap's size: no further off may any be where noise grew
+HELPFUL = 0.8  # of the error: what a mutation that helps leaves at most
 SURE = 3  # times the finer budget: what the spec must be off before a 16-bit mistake is believed
 
 # ---- sweeps --------------------------------------------------------------------------------------
@@ -94,7 +90,7 @@ def helps(trial: Trial, plain: Outcome, judge: Judge) -> bool:
     mine, first = divergence(trial.outcome, judge), divergence(plain, judge)
     if not trial.outcome.visible or mine is None or first is None:
         return False
-    return judge.order[mine] > judge.order[first] or after < 0.8 * before
+    return judge.order[mine] > judge.order[first] or after < HELPFUL * before
 
 
 # ---- the diagnosis -------------------------------------------------------------------------------
@@ -105,11 +101,12 @@ class Diagnosis(NamedTuple):
 
     status: str  # "agrees", "explained" or "unexplained"
     explaining: list[Trial]  # the likeliest first
-    ranked: list[Trial]  # all that change what the candidate holds, the best first
+    ranked: list[Trial]  # all that change what the candidate holds: those first, then the nearest
     invisible: list[str]  # ids of those that do not
     inapplicable: list[str]  # ids of those that cannot be made of this model and run
     plain: Outcome  # of the unmutated spec
     judge: Judge
+    number: Divergence | None  # of a tap that compare would not pass, where the judge would
 
 
 def diagnose(
@@ -119,23 +116,26 @@ def diagnose(
     prefill: int | None = None,
     names: Mapping[str, str] | None = None,
     progress: Callable[[str], None] | None = None,
+    profile: str | None = None,
 ) -> Diagnosis:
     """Find the mutation, or the pair, that explains a candidate.
 
     llm: the model in float32. candidate: any of its taps, as files.read gives them. ids, prefill:
-    what it should have been run on; those of its metadata if None. names: as in align.
-    Raises InputError without ids, and for a candidate that holds no tap.
+    what it should have been run on; those of its metadata if None. names: as in align. profile:
+    the one that the candidate is of, in place of what its metadata or values tell.
+    Raises InputError without ids, for a candidate that holds no tap, and for the profile float64.
     """
     base = setting_of(llm, candidate, ids, prefill)
     with single_threaded_blas():  # its threads wait longer for each other than they work
         found = []
-        for judge, plain in judges(llm, base, candidate, names):
+        ready, numbers = judges(llm, base, candidate, names, profile)
+        for judge, plain in ready:
             trials: list[Trial] = []
             for mutation in table().values():
                 if progress:
                     progress(mutation.id)
                 trials += sweep(judge, base, plain, [mutation])
-            found.append(concluded(judge, plain, trials))
+            found.append(concluded(judge, plain, trials, numbers))
             if settled(found[-1]):
                 return found[-1]
         return found[0]
@@ -150,95 +150,37 @@ def settled(found: Diagnosis) -> bool:
     return found.status == "explained" or (found.status == "agrees" and beyond <= SURE)
 
 
-def setting_of(
-    llm: Llama, candidate: Trace, ids: Sequence[int] | None, prefill: int | None
-) -> Setting:
-    """The run that the candidate should have been."""
-    if llm.profile.name != "float32":
-        raise InputError(f"diagnose: expected the model in float32, found {llm.profile.name}")
-    ids = candidate.meta.get("ids") if ids is None else ids
-    if ids is None:
-        raise InputError("diagnose: the candidate has no ids in its metadata: give --prompt-ids")
-    ids = tuple(llm.encode(ids))
-    prefill = candidate.meta.get("prefill", len(ids)) if prefill is None else prefill
-    if not 1 <= prefill <= len(ids):
-        raise InputError(f"prefill: expected 1 to {len(ids)} tokens, found {prefill}")
-    bos_id = llm.tokenizer.bos_id if llm.tokenizer else None
-    return Setting(llm.config, llm.params, ids, prefill, bos_id)
-
-
-def judges(
-    llm: Llama, base: Setting, trace: Trace, names: Mapping[str, str] | None
-) -> list[tuple[Judge, Outcome]]:
-    """A judge of each profile of the candidate's precision, that first to which it is nearest."""
-    kind = precision(trace.meta, {n: a for n, a in trace.arrays.items() if n != "embed"})
-    weights = Weights(llm)
-    truth = Runner(llm, PROFILES["float64"], weights).record(base)
-    found = []
-    for name in kind.profiles:
-        runner = Runner(llm, PROFILES[name], weights)
-        plain = runner.record(base)
-        candidate = aligned(runner, base, plain, trace, names)
-        judge = Judge(runner, base, plain, candidate, truth)
-        outcome = judge.outcome(base)
-        distance = score(outcome.ratios(judge.fine).values())
-        judge.agrees = explained(outcome, judge.wide)
-        found.append((distance, judge, outcome))
-    return [(judge, outcome) for _, judge, outcome in sorted(found, key=lambda one: one[0])]
-
-
-def aligned(
-    runner: Runner,
-    base: Setting,
-    plain: Mapping[str, np.ndarray],
-    trace: Trace,
-    names: Mapping[str, str] | None,
-) -> Candidate:
-    """The candidate in our dimensions: beside the run whose length is that of its own.
-
-    Ids that are a BOS too few or too many are a mistake to be named, so they may be another run's.
-    """
-    bos = (table()[id].cases(base) for id in ("bos-missing", "bos-doubled"))
-    for setting in (base, *(setting for cases in bos for _, setting in cases)):
-        if tuple(trace.meta.get("ids", setting.ids)) != setting.ids:
-            continue
-        arrays = plain if setting is base else runner.record(setting)
-        meta = {"config": base.config.__dict__, "ids": setting.ids}
-        found = align(Trace(arrays, meta), trace, near, names)
-        candidate = Candidate(found, setting)
-        if candidate.taps:
-            return candidate
-    raise InputError(
-        f"the candidate: expected taps of {len(base.ids)} positions (or of the last one), found "
-        f"none: its names, shapes or ids are of another run"
-    )
-
-
-def near(name: str, found: np.ndarray, expected: np.ndarray) -> bool:
-    """Whether a tap is right, for the recognition of layouts."""
-    return error(name, found, expected) < 1e-3
-
-
-def concluded(judge: Judge, plain: Outcome, trials: list[Trial]) -> Diagnosis:
+def concluded(judge: Judge, plain: Outcome, trials: list[Trial], numbers: Numbers) -> Diagnosis:
     """The verdict over a sweep; pairs are tried if it comes to none."""
     seen = [trial for trial in trials if trial.outcome.visible]
+    number = numbers.wrong(judge)
     explaining: list[Trial] = []
     if max(plain.ratios(judge.budget).values()) > (SURE if judge.agrees else 1):
         explaining = fitting(seen, judge) or noisier(seen, plain, judge)
+    elif number:
+        explaining = [trial for trial in fitting(seen, judge) if numbers.right(judge, trial)]
     if not judge.agrees and not explaining:
         two = [trial for trial in pairs(judge, plain, seen) if trial.outcome.visible]
         explaining, seen = fitting(two, judge), seen + two
     visible = {trial.id for trial in seen}
     ids = dict.fromkeys(trial.id for trial in trials)
+    agrees = judge.agrees and number is None
     return Diagnosis(
-        "explained" if explaining else "agrees" if judge.agrees else "unexplained",
+        "explained" if explaining else "agrees" if agrees else "unexplained",
         explaining,
-        sorted(seen, key=lambda trial: rank(trial, judge)),
+        in_order(explaining, seen, judge),
         [id for id in ids if id not in visible],
         [id for id in table() if id not in ids],
         plain,
         judge,
+        number,
     )
+
+
+def in_order(explaining: list[Trial], seen: list[Trial], judge: Judge) -> list[Trial]:
+    """Those that explain the candidate as they are ranked among themselves, then all others."""
+    others = [trial for trial in seen if all(trial.setting is not e.setting for e in explaining)]
+    return explaining + sorted(others, key=lambda trial: rank(trial, judge))
 
 
 def fitting(trials: Iterable[Trial], judge: Judge) -> list[Trial]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,12 @@ import numpy as np
 from llama3np.crosscheck import mutant, taps
 from llama3np.crosscheck.align import Aligned
 from llama3np.crosscheck.allowance import Allowed
-from llama3np.crosscheck.compare import locate
-from llama3np.crosscheck.diagnose import Diagnosis
-from llama3np.crosscheck.evidence import Unit, calls
+from llama3np.crosscheck.compare import Divergence, locate, unreadable
+from llama3np.crosscheck.diagnose import HELPFUL, Diagnosis
+from llama3np.crosscheck.evidence import Candidate, Unit, calls
 from llama3np.crosscheck.judge import Judge, Trial, divergence, evidence, score
 from llama3np.crosscheck.mutations import table
+from llama3np.crosscheck.report import divergence_line, plain, recognised_lines, some
 
 SHOWN = 5  # of the ranked mutations, for people
 
@@ -27,10 +27,11 @@ SHOWN = 5  # of the ranked mutations, for people
 def described(found: Diagnosis) -> dict[str, Any]:
     """What --json prints: JSON's own types, errors in units of the budget."""
     best = found.explaining[0] if found.explaining else None
-    ratios = found.plain.ratios(found.judge.wide).values()
-    before, after = (score(ratios), None) if best is None else errors(best, found)
-    # Of a right candidate in 16 bits that is only where its sums are in another order.
-    first = None if found.status == "agrees" else divergence(found.plain, found.judge)
+    ratios = found.plain.ratios(found.judge.wide)
+    before, after = (score(ratios.values()), None) if best is None else errors(best, found)
+    ratios = ratios if best is None else found.plain.ratios(found.judge.budget)
+    worst = max(ratios, key=ratios.__getitem__)
+    call, first = first_divergence(found)
     return {
         "verdict": best.id if best else None,
         "status": found.status,
@@ -40,18 +41,22 @@ def described(found: Diagnosis) -> dict[str, Any]:
         "also": alike(found),
         "error_before": rounded(before),
         "error_after": None if after is None else rounded(after),
+        "worst": {"tap": worst[1], "call": worst[0], "error": rounded(ratios[worst])},
         "profile": found.judge.runner.profile.name,
         "ranked": [entry(trial, found) for trial in best_forms(found.ranked)],
         "invisible": found.invisible,
         "inapplicable": found.inapplicable,
-        "first_divergence": None if first is None else place(first, found.judge),
-        "notes": found.judge.candidate.notes,
+        "first_divergence": None if first is None else plain(asdict(first) | {"call": call}),
+        "notes": list(notes(found.judge.candidate)),
     }
 
 
 def best_forms(ranked: list[Trial]) -> list[Trial]:
-    """The first, that is the best, form of each mutation."""
-    return list({trial.id: trial for trial in reversed(ranked)}.values())[::-1]
+    """The best form of each mutation, which is the first of it, in the order of these."""
+    found: dict[str, Trial] = {}
+    for trial in ranked:
+        found.setdefault(trial.id, trial)
+    return list(found.values())
 
 
 def entry(trial: Trial, found: Diagnosis) -> dict[str, Any]:
@@ -95,19 +100,31 @@ def spoken(unit: Unit) -> str:
     return name if call == 0 else f"{name} of decode step {call}"
 
 
-def place(unit: Unit, judge: Judge) -> dict[str, Any]:
-    """Where the candidate leaves the unmutated spec: the first number, in the order of execution.
+def first_divergence(found: Diagnosis) -> tuple[int, Divergence | None]:
+    """In which call (0 is the prompt, 1 a decode step), and where, the spec is left first."""
+    if found.status == "agrees":  # in 16 bits a right candidate leaves the finer budget
+        return 0, None
+    judge, number = found.judge, found.number
+    unit = divergence(found.plain, judge)
+    told = judge.agrees and not found.explaining
+    if number and (unit is None or told or judge.order[0, number.tap] < judge.order[unit]):
+        return call_of(number, judge), number
+    return (0, None) if unit is None else (unit[0], place(unit, judge))
 
-    The keys are those of compare.Divergence; "call" is 0 for the prompt, 1 for a decode step.
-    """
+
+def call_of(number: Divergence, judge: Judge) -> int:
+    """The call that computed a number."""
+    starts = (start for start, _ in calls(judge.base)[1:])
+    return sum(number.position is not None and start <= number.position for start in starts)
+
+
+def place(unit: Unit, judge: Judge) -> Divergence:
+    """The first number of a unit, in the order of positions, that is beyond the judge's budget."""
     call, name = unit
-    tap = judge.candidate.taps[name]
-    part = of_call(tap, *calls(judge.base)[call])
+    part = of_call(judge.candidate.taps[name], *calls(judge.base)[call])
     finite = np.abs(part.expected[np.isfinite(part.expected)]).astype(np.float64)
     most = judge.budget[unit] * float(finite.max(initial=0))
-    found = locate(part, lambda *_: Allowed(most, judge.budget[unit] ** 2))  # type: ignore[arg-type]
-    numbers = asdict(found) | {"call": call}
-    return {key: json_number(value) for key, value in numbers.items()}
+    return locate(part, lambda *_: Allowed(most, judge.budget[unit] ** 2))  # type: ignore[arg-type]
 
 
 def of_call(tap: Aligned, start: int, stop: int) -> Aligned:
@@ -122,9 +139,15 @@ def of_call(tap: Aligned, start: int, stop: int) -> Aligned:
     )
 
 
-def json_number(value: Any) -> Any:
-    """JSON has no infinities: they are words."""
-    return str(value) if isinstance(value, float) and not isfinite(value) else value
+def notes(candidate: Candidate) -> Iterator[str]:
+    """How the candidate was read, and what of it was not."""
+    read = candidate.alignment
+    yield from recognised_lines(read.recognised, candidate.taps)
+    yield from read.notes
+    for name in candidate.unreadable:
+        yield f"not compared: {name}: {unreadable(read.taps[name])}"
+    if read.unused:
+        yield f"not compared, as no tap of the model: {some(read.unused)}"
 
 
 # ---- in words ------------------------------------------------------------------------------------
@@ -134,6 +157,8 @@ def explanation(found: Diagnosis) -> str:
     """One sentence for a porter."""
     if found.status == "agrees":
         return "Nothing is wrong: the candidate is as near to the spec as honest rounding allows"
+    if found.status == "unexplained" and found.judge.agrees:
+        return f"Taken as a whole, what can be read is right, but {found.number.tap} is not"
     if found.status == "unexplained":
         return "No mutation, and no pair of them, explains the candidate"
     best, known = found.explaining[0], table()
@@ -151,36 +176,33 @@ def lines(found: Diagnosis) -> Iterator[str]:
     yield evidence_line(told)
     if told["also"]:
         yield f"as well explained by: {', '.join(told['also'])}"
-    if told["first_divergence"]:
-        yield first_line(told["first_divergence"])
+    _, first = first_divergence(found)
+    if first:
+        yield f"first divergence: {divergence_line(first)}"
     if found.status == "unexplained":
-        yield "the nearest:"
-        for each in told["ranked"][:SHOWN]:
-            form = f" ({each['where']})" if each["where"] else ""
-            change = f"{each['error_before']:g} -> {each['error_after']:g}"
-            yield f"  {each['id']}{form}: {change}, diverges at {each['diverges_at']}"
+        yield from nearest(told["ranked"])
     if told["invisible"]:
         yield f"cannot be seen in what the candidate holds: {', '.join(told['invisible'])}"
     yield from told["notes"]
 
 
+def nearest(ranked: list[dict[str, Any]]) -> Iterator[str]:
+    """The first of the mutations to which the candidate is nearer, over the same taps."""
+    helping = [one for one in ranked if one["error_after"] < HELPFUL * one["error_before"]]
+    if helping:
+        yield "the nearest:"
+    for each in helping[:SHOWN]:
+        form = f" ({each['where']})" if each["where"] else ""
+        change = f"{each['error_before']:g} -> {each['error_after']:g}"
+        yield f"  {each['id']}{form}: {change}, diverges at {each['diverges_at']}"
+
+
 def evidence_line(told: dict[str, Any]) -> str:
-    """How far the candidate is, before and after."""
+    """How far the candidate is, before and after, and where it is furthest."""
+    worst = told["worst"]
+    most = f" ({worst['error']:g} at {spoken((worst['call'], worst['tap']))})"
     after = "" if told["error_after"] is None else f", {told['error_after']:g} with this change"
     return (
         f"error: {told['error_before']:g} times the budget of {told['profile']} against the spec"
-        f"{after} (1: within it)"
-    )
-
-
-def first_line(first: dict[str, Any]) -> str:
-    """Where the candidate first leaves the spec."""
-    where = "".join(
-        f", {name} {first[name]}"
-        for name in ("position", "head", "index")
-        if first[name] is not None
-    )
-    return (
-        f"first divergence: {first['tap']}{where}: expected {first['expected']}, "
-        f"found {first['found']} ({first['why']})"
+        f"{most if worst['error'] > 1 else ''}{after} (1: within it)"
     )

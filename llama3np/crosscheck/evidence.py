@@ -18,7 +18,8 @@ import numpy as np
 
 from llama3np.backend import widen
 from llama3np.crosscheck import measure, mutant, taps
-from llama3np.crosscheck.align import Aligned, Alignment
+from llama3np.crosscheck.align import Alignment
+from llama3np.crosscheck.allowance import FACTOR
 from llama3np.crosscheck.layouts import MASKED
 from llama3np.crosscheck.mutations import Setting, relayered
 from llama3np.crosscheck.recognise import PAIRED
@@ -28,7 +29,6 @@ from llama3np.numerics import Profile
 from llama3np.params import Layer, Params, mapped, named
 from llama3np.threads import single_threaded_blas
 
-FACTOR = 3  # times the measured noise: what an honest candidate may be off
 # Of the rounding unit: a sum in another order may round so many numbers of a tap to a neighbour.
 FLIPS = 1 / 16
 WIDENED = 4e9  # bytes of weights up to which they are held in float32, which multiplies faster
@@ -179,13 +179,14 @@ class Candidate:
     def __init__(self, alignment: Alignment, setting: Setting):
         self.total = len(setting.ids)  # positions of the candidate's own run
         self.layered = any(name.startswith("layers.") for name in alignment.taps)
-        done = alignment.recognised.items()
-        self.notes = [f"{', '.join(kinds)}: {what}" for what, kinds in done] + alignment.notes
-        self.taps: dict[str, Aligned] = {}
-        self._readings: dict[str, list[np.ndarray]] = {}
-        for name, tap in alignment.taps.items():
-            if tap.found is not None:
-                self.taps[name], self._readings[name] = tap, list(readings(name, tap.found))
+        self.alignment = alignment
+        self.taps = {n: tap for n, tap in alignment.taps.items() if tap.found is not None}
+        self._readings = {n: list(readings(n, tap.found)) for n, tap in self.taps.items()}
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Its taps whose shape cannot be read as ours, in the order of execution."""
+        return [name for name in self.alignment.taps if name not in self.taps]
 
     def units(self, setting: Setting) -> Callable[[int, str, np.ndarray], float | None]:
         """error(start, name, array) of a run's units; None for what the candidate does not hold.
@@ -224,7 +225,7 @@ class Candidate:
         return taken[..., : like.shape[-1]] if dims.endswith("S") else taken
 
 
-def readings(name: str, found: np.ndarray) -> Iterable[np.ndarray]:
+def readings(name: str, found: Any) -> Iterable[np.ndarray]:
     """The array, and of what has RoPE pairs the array with them in the other order.
 
     How rows are stored is no mistake, and a pairing that is one shows in the scores.

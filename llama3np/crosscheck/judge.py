@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import exp, log
+from math import exp, inf, log
 from typing import NamedTuple
 
 import numpy as np
@@ -67,6 +67,7 @@ class Judge:
     ):
         self.runner, self.base, self.plain, self.candidate = runner, base, plain, candidate
         self.order = {unit: i for i, (unit, _) in enumerate(units(base, plain))}
+        self.held = self._held()  # what every run has to show
         self.wide: dict[Unit, float] = {}  # how far the profile is from float64
         self.fine: dict[Unit, float] = {}  # two runs of a 16-bit profile from each other; else wide
         self.agrees = False  # within the wide budget, so what may be wrong shows in the fine one
@@ -76,6 +77,15 @@ class Judge:
     def budget(self) -> dict[Unit, float]:
         """What every unit of an explanation may be off."""
         return self.fine if self.agrees else self.wide
+
+    def _held(self) -> set[Unit]:
+        """The units of the unmutated run that the candidate has something of."""
+        shift, spans = len(self.base.ids) - self.candidate.total, calls(self.base)
+        return {
+            (call, name)
+            for (call, name), array in units(self.base, self.plain)
+            if self.candidate.pick(shift, spans[call][0], name, array) is not None
+        }
 
     def _measure(self, truth: Mapping[str, np.ndarray]) -> None:
         """Measure the budgets: against float64, and against sums in the opposite order."""
@@ -107,6 +117,7 @@ class Judge:
             self.runner.run(self.resumed(setting, known, watch), watch.see)
         except Enough:
             return Outcome(watch.errors, True, False)
+        watch.miss(len(calls(setting)))
         return Outcome(watch.errors, watch.visible, True)
 
     def resumed(self, setting: Setting, known: Outcome | None, watch: Watch) -> Setting:
@@ -174,6 +185,15 @@ class Watch:
         if self.early and self.visible:
             raise Enough
 
+    def miss(self, n_calls: int) -> None:
+        """What the candidate holds and a run of n_calls never showed is infinitely far from it.
+
+        A layer that the run skips, or calls otherwise, is a layer that the candidate did run.
+        """
+        missing = {unit for unit in self.judge.held - self.errors.keys() if unit[0] < n_calls}
+        self.errors |= dict.fromkeys(missing, inf)
+        self.visible = self.visible or bool(missing)
+
     def differs(self, unit: Unit, start: int, name: str, array: np.ndarray) -> bool:
         """Whether this unit is another one than the unmutated run's, where the candidate looks."""
         whole = rows(name, self.judge.plain[name], *calls(self.judge.base)[unit[0]])
@@ -205,9 +225,9 @@ def divergence(outcome: Outcome, judge: Judge) -> Unit | None:
 
 def evidence(trial: Trial, plain: Outcome, judge: Judge) -> tuple[float, float]:
     """The error before and after a mutation, over the units that its run came to."""
-    after = trial.outcome.ratios(judge.budget)
-    before = plain.ratios(judge.budget)
-    return score(before[unit] for unit in after if unit in before), score(after.values())
+    before, after = plain.ratios(judge.budget), trial.outcome.ratios(judge.budget)
+    both = [unit for unit in after if unit in before]
+    return score(before[unit] for unit in both), score(after[unit] for unit in both)
 
 
 def rank(trial: Trial, judge: Judge) -> tuple[float, ...]:

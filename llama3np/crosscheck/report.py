@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import groupby
 from math import isfinite
@@ -62,10 +62,7 @@ def lines(result: Comparison) -> Iterator[str]:
         f"{' and '.join(kind.profiles)}"
     )
     yield from result.notes
-    compared = dict.fromkeys(taps.parse(row.name)[1] for row in result.rows)
-    for words, kinds in result.recognised.items():
-        every = compared.keys() <= set(kinds)
-        yield f"recognised {words}: {'every tap' if every else ', '.join(kinds)}"
+    yield from recognised_lines(result.recognised, [row.name for row in result.rows])
     if result.unused:
         yield f"not compared, as no tap of the reference: {some(result.unused)}"
     if result.missing:
@@ -74,6 +71,13 @@ def lines(result: Comparison) -> Iterator[str]:
     if len(result.flips) > SHOWN:
         yield f"and {len(result.flips) - SHOWN} more positions with another likeliest token"
     yield verdict_line(result)
+
+
+def recognised_lines(recognised: Mapping[str, list[str]], names: Iterable[str]) -> Iterator[str]:
+    """What was done to which of the taps that were compared."""
+    compared = {taps.parse(name)[1] for name in names}
+    for words, kinds in recognised.items():
+        yield f"recognised {words}: {'every tap' if compared <= set(kinds) else ', '.join(kinds)}"
 
 
 def some(names: list[str]) -> str:
@@ -103,10 +107,9 @@ def verdict_line(result: Comparison) -> str:
         return "diverges first at " + divergence_line(result.first_divergence)
     count = len(result.rows)
     if result.verdict == "incomplete":
-        return (
-            f"incomplete: {count} taps agree, but logits are missing (--partial compares without)"
-        )
-    return f"agrees: {count} taps, all within the budget"
+        agree = "1 tap agrees" if count == 1 else f"{count} taps agree"
+        return f"incomplete: {agree}, but logits are missing (--partial compares without)"
+    return "agrees: " + ("1 tap, " if count == 1 else f"{count} taps, all ") + "within the budget"
 
 
 def divergence_line(first: Divergence) -> str:
