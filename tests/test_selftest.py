@@ -361,7 +361,7 @@ WRONG_KERNELS = {
     "obey": (None, "position ordered of another row"),
     "pick": (None, "last vocabulary id never chosen"),
     "weigh": (None, "draw: bins of other widths"),
-    "sift": (None, "draw: bins of later warps forgotten"),
+    "sift": (None, "draw: a bin's own weight counted as beyond it"),
     "settle": (None, "idle row goes on"),
     "attend_block": (None, "query sees its successor"),
 }
