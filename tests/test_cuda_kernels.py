@@ -134,7 +134,7 @@ AT_EDGES |= {e: registry.token_kernel(e) for e in ("obey", "pick", "settle", "we
 
 @pytest.mark.parametrize("name", AT_EDGES)
 def test_a_kernel_is_right_at_its_edges(name):
-    """By the checks of selftest, here in guarded memory: what mutants_cuda.py holds them against."""
+    """By the checks of selftest, in guarded memory: what mutants_cuda.py holds them against."""
     with strict():
         edges.check(AT_EDGES[name])
 

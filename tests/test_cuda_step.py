@@ -411,11 +411,9 @@ def test_damage_at_the_first_token_leaves_no_trace_in_the_cache(way):
     params.embed_VD[7] = np.nan
     engine, cache = engine_of(params, config), cache_of(config, 2)
     engine.forward([[1, 2], [3, 4]], cache)
+    wanted = {"greedy": (20,), "sample": (WISHES["plain"], [0.5, 0.5])}
     with pytest.raises(InputError, match="the weights are damaged"):
-        if way == "greedy":
-            engine.greedy([7, 8], cache, 20)
-        else:
-            engine.sample([7, 8], cache, WISHES["plain"], [0.5, 0.5])
+        getattr(engine, way)([7, 8], cache, *wanted[way])
     assert cache.lengths_B.tolist() == [2, 2]
     assert all(np.isfinite(array.get()).all() for array in (*cache.k, *cache.v))
 
@@ -527,9 +525,11 @@ def nothing_page_locked(*_):
 
 
 @pytest.mark.parametrize("way", ["forward", "greedy", "sample"])
-@pytest.mark.parametrize("module, name, fails", [
-    (cp, "zeros", full), (cp.cuda, "alloc_pinned_memory", nothing_page_locked),
-], ids=["device", "page-locked"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("module", "name", "fails"),
+    [(cp, "zeros", full), (cp.cuda, "alloc_pinned_memory", nothing_page_locked)],
+    ids=["device", "page-locked"],
+)
 def test_running_out_of_memory_is_a_sentence_and_the_next_call_goes_on(
     monkeypatch, way, module, name, fails
 ):
@@ -545,7 +545,7 @@ def test_running_out_of_memory_is_a_sentence_and_the_next_call_goes_on(
         cache.reset()
     with monkeypatch.context() as patch:
         patch.setattr(module, name, fails)
-        with pytest.raises(InputError, match="^device: cuda:0 has no memory left for this call"):
+        with pytest.raises(InputError, match=r"^device: cuda:0 has no memory left for this"):
             calls[way]()
     assert cache.lengths_B.tolist() == [0]
     calls[way]()

@@ -185,7 +185,7 @@ def test_without_page_locked_memory_there_is_a_memory_error(staging, monkeypatch
         return fails
 
     monkeypatch.setattr(cupy.cuda, "alloc_pinned_memory", failing(2))
-    with pytest.raises(MemoryError, match="^64 bytes of page-locked memory: cudaErrorMemoryAlloc"):
+    with pytest.raises(MemoryError, match=r"^64 bytes of page-locked memory: cudaErrorMemory"):
         staging.Staging(64)
     monkeypatch.setattr(cupy.cuda, "alloc_pinned_memory", failing(1))
     with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match="cudaErrorInvalidValue"):
