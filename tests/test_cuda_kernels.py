@@ -110,6 +110,35 @@ def test_every_parameter_of_every_kernel_is_read_from_its_prototype():
         assert len(kernel.parameters) == text.count(",") + 1, kernel.name
 
 
+# ---- at edges ------------------------------------------------------------------------------------
+
+WEIGHTS = {
+    "project": ("BF16-1", "BF16-2", "BF16-4", "Q4_0-1", "Q4_K-1", "Q4_K-4", "Q6_K-8", "Q8_0-8"),
+    "gate_up": ("BF16-1", "Q8_0-8"),
+    "add": ("BF16-1", "BF16-8", "Q4_K-4"),
+}
+ROWS = [*(("widen", format) for format in FORMATS), ("embed", "F32"), ("embed", "BF16")]
+AT_EDGES = {
+    f"{entry}-{kind}": registry.weight_kernel(entry, kind[:-2], True, int(kind[-1]))
+    for entry, kinds in WEIGHTS.items()
+    for kind in kinds
+}
+AT_EDGES |= {f"{entry}-{format}": registry.row_kernel(entry, format) for entry, format in ROWS}
+AT_EDGES |= {
+    entry: registry.attention_kernel(entry, 64, 3, CACHED[-1], "half")
+    for entry in ("turn", "attend", "combine")
+}
+AT_EDGES |= {"attend_block": registry.prefill_kernel(64, CACHED[0])}
+AT_EDGES |= {e: registry.token_kernel(e) for e in ("obey", "pick", "settle", "weigh", "sift")}
+
+
+@pytest.mark.parametrize("name", AT_EDGES)
+def test_a_kernel_is_right_at_its_edges(name):
+    """By the checks of selftest, in guarded memory: what mutants_cuda.py holds them against."""
+    with strict():
+        edges.check(AT_EDGES[name])
+
+
 # ---- how weights lie -----------------------------------------------------------------------------
 
 
@@ -518,6 +547,7 @@ def test_candidates_for_which_there_is_no_room_are_counted(wish):
 
 
 RISING, TIED, EVEN = np.arange(20), np.array([-3] * 19 + [0]), np.zeros(20)
+DENSE = -np.arange(20) / 64  # two in every bin
 
 
 @pytest.mark.parametrize(
@@ -531,6 +561,9 @@ RISING, TIED, EVEN = np.arange(20), np.array([-3] * 19 + [0]), np.zeros(20)
         (TIED, (1.0, 2, 1.0, 0.0), range(20)),
         (TIED, (1.0, 0, 0.7, 0.0), range(20)),  # 0.51, and 19 times 0.026
         (TIED, (1.0, 0, 0.4, 0.0), range(19, 20)),
+        (DENSE, (1.0, 5, 1.0, 0.0), range(6)),
+        (DENSE, (1.0, 6, 1.0, 0.0), range(6)),
+        (DENSE, (1 / 64, 0, 0.9, 0.0), range(4)),  # 0.63, 0.23, 0.09, 0.03, and 0.02 for all others
         (EVEN, (1.0, 0, 1.0, 0.45), range(10)),
         (EVEN, (1.0, 0, 1.0, 0.55), range(10, 20)),
     ],

@@ -403,6 +403,21 @@ def test_damage_beyond_what_is_asked_for_fails_no_answer():
         llm.generate([[1]], 12, stop_ids=())
 
 
+@pytest.mark.parametrize("way", ["greedy", "sample"])
+def test_damage_at_the_first_token_leaves_no_trace_in_the_cache(way):
+    """In a batch, one row of which is damaged: lengths as they were, and finite numbers beyond."""
+    config = Config(8, 1, 2, 1, 4, 8, 12, tied=False)
+    params = llama3np.params.random(config, np.random.default_rng(35))
+    params.embed_VD[7] = np.nan
+    engine, cache = engine_of(params, config), cache_of(config, 2)
+    engine.forward([[1, 2], [3, 4]], cache)
+    wanted = {"greedy": (20,), "sample": (WISHES["plain"], [0.5, 0.5])}
+    with pytest.raises(InputError, match="the weights are damaged"):
+        getattr(engine, way)([7, 8], cache, *wanted[way])
+    assert cache.lengths_B.tolist() == [2, 2]
+    assert all(np.isfinite(array.get()).all() for array in (*cache.k, *cache.v))
+
+
 def test_greedy_refuses_what_no_step_takes():
     config = Config(8, 1, 2, 1, 4, 8, 12)
     engine = engine_of(llama3np.params.random(config, np.random.default_rng(1)), config)
@@ -420,7 +435,7 @@ WISHES = {
     "top-p": Sampling(1.0, top_p=0.7, seed=7),
     "both": Sampling(1.2, 9, 0.8, seed=8),
     "k of all": Sampling(1.2, WIDE.vocab_size, seed=9),
-    "k beyond": Sampling(1.2, 10**6, 0.9, seed=9),
+    "k beyond": Sampling(1.2, 10**400, 0.9, seed=9),  # nor a float64
 }
 
 
@@ -499,6 +514,41 @@ def test_a_draw_refuses_what_no_step_takes():
     engine.sample([1], full, WISHES["plain"], [0.5])
     with pytest.raises(InputError, match="do not fit"):
         engine.sample([1], full, WISHES["plain"], [0.5])
+
+
+def full(*_):
+    raise cp.cuda.memory.OutOfMemoryError(100, 50)
+
+
+def nothing_page_locked(*_):
+    raise cp.cuda.runtime.CUDARuntimeError(2)  # cudaErrorMemoryAllocation
+
+
+@pytest.mark.parametrize("way", ["forward", "greedy", "sample"])
+@pytest.mark.parametrize(
+    ("module", "name", "fails"),
+    [(cp, "zeros", full), (cp.cuda, "alloc_pinned_memory", nothing_page_locked)],
+    ids=["device", "page-locked"],
+)
+def test_running_out_of_memory_is_a_sentence_and_the_next_call_goes_on(
+    monkeypatch, way, module, name, fails
+):
+    params, _ = random_params(WIDE, ("F32",), seed=16)
+    engine, cache = engine_of(params, WIDE), cache_of(WIDE, 1)
+    calls = {
+        "forward": lambda: engine.forward([[5]], cache),
+        "greedy": lambda: engine.greedy([5], cache, 2),
+        "sample": lambda: engine.sample([5], cache, WISHES["both"], [0.5]),
+    }
+    if way == "sample":  # the step is there already: what has no room is the sieve
+        engine.forward([[5]], cache)
+        cache.reset()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, fails)
+        with pytest.raises(InputError, match=r"^device: cuda:0 has no memory left for this"):
+            calls[way]()
+    assert cache.lengths_B.tolist() == [0]
+    calls[way]()
 
 
 # ---- what a step costs ---------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from collections import Counter
 
 import ml_dtypes
 import mutants_cuda
@@ -17,6 +18,7 @@ from llama3np.errors import InputError
 from llama3np.kernels.engine import Engine
 from llama3np.load import installed
 from llama3np.params import random
+from llama3np.sample import draw
 
 CPU, CUDA = Device("cpu"), Device("cuda")
 GOLDEN = selftest.golden
@@ -361,7 +363,7 @@ WRONG_KERNELS = {
     "obey": (None, "position ordered of another row"),
     "pick": (None, "last vocabulary id never chosen"),
     "weigh": (None, "draw: bins of other widths"),
-    "sift": (None, "draw: bins of later warps forgotten"),
+    "sift": (None, "draw: a bin's own weight counted as beyond it"),
     "settle": (None, "idle row goes on"),
     "attend_block": (None, "query sees its successor"),
 }
@@ -419,6 +421,22 @@ def test_rows_and_replays_that_differ_fail(few_kernels, monkeypatch):
     )
     with pytest.raises(selftest.MismatchError, match="other bits"):
         selfcheck.replay(CUDA)
+
+
+@pytest.mark.gpu
+def test_draws_are_tried_among_candidates_and_among_all(monkeypatch):
+    """Of each wish either all rows fit or none does; and what differs in either way is told."""
+    from llama3np.kernels.cuda import selfcheck, sieve
+
+    copied, right = [], sieve.all_ids
+    monkeypatch.setattr(sieve, "all_ids", lambda *args: copied.append(args[1]) or right(*args))
+    assert selfcheck.drawn(CUDA).startswith("24 tokens of 2 rows in 6 ways")
+    assert Counter(copied) == {1.0: 24, 50: 8}  # beside each copied row its powers at 1, too
+    monkeypatch.setattr(sieve, "draw", lambda *args: max(draw(*args) - 1, 0))
+    for few in (selfcheck.SAMPLINGS[:4], selfcheck.SAMPLINGS[4:]):
+        monkeypatch.setattr(selfcheck, "SAMPLINGS", few)
+        with pytest.raises(selftest.MismatchError, match=r"drawn .* expected"):
+            selfcheck.drawn(CUDA)
 
 
 def test_a_device_is_measured(softcuda, monkeypatch):

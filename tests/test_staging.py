@@ -172,3 +172,21 @@ def test_a_mapped_model_passes_through_the_two_buffers_only(staging, tmp_path):
     assert peak < 1 << 20
     assert staging.BUFFER * 2 < 1 << 30
     np.testing.assert_array_equal(to_host(arrived[-1]), mapped[-1])
+
+
+def test_without_page_locked_memory_there_is_a_memory_error(staging, monkeypatch):
+    """As without memory of the device: who loads a model says both in a sentence."""
+    import cupy
+
+    def failing(status):
+        def fails(_):
+            raise cupy.cuda.runtime.CUDARuntimeError(status)
+
+        return fails
+
+    monkeypatch.setattr(cupy.cuda, "alloc_pinned_memory", failing(2))
+    with pytest.raises(MemoryError, match=r"^64 bytes of page-locked memory: cudaErrorMemory"):
+        staging.Staging(64)
+    monkeypatch.setattr(cupy.cuda, "alloc_pinned_memory", failing(1))
+    with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match="cudaErrorInvalidValue"):
+        staging.Staging(64)

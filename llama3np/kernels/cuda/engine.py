@@ -15,7 +15,7 @@ from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.kernels.cuda import registry
 from llama3np.kernels.cuda.launch import Strided, launch
-from llama3np.kernels.cuda.plain import CupyEngine, out_of_memory
+from llama3np.kernels.cuda.plain import CupyEngine, working_on
 from llama3np.kernels.cuda.step import MOST_ROWS, RECORDS, Model, Step
 from llama3np.numerics import Profile
 from llama3np.params import Params
@@ -55,7 +55,7 @@ class CudaEngine(CupyEngine):
         if T != 1 or tap is not None or not self._steps_through(cache, B):
             return super().forward(ids_BT, cache, new_B, tap, last_only)
         ids_BT = host_ids(ids_BT, self.config.vocab_size)
-        with on(self.device):
+        with working_on(self.device):
             cache.check(self.config, self.profile.dtype, cp)
             new_B = cache.room((B, 1), new_B)
             positions_B = np.where(new_B > 0, cache.lengths_B, -1)
@@ -72,24 +72,23 @@ class CudaEngine(CupyEngine):
         tokens. Raises InputError as forward does, for rows beyond 8, and for logits that are not
         finite at the first of the tokens.
         """
-        with on(self.device):
+        with working_on(self.device):
             last_B = self._checked("greedy", ids_B, cache, n)
             found = []
             for start in range(0, n, RECORDS):
                 size = min(RECORDS, n - start)
                 tokens = self._step(cache).greedy(last_B, cache.lengths_B, size)
                 good = self._good(*tokens)
-                if good == 0:
-                    break
                 found.append([array_nB[:good] for array_nB in tokens])
-                cache.lengths_B, last_B = cache.lengths_B + good, found[-1][0][-1]
+                cache.lengths_B = cache.lengths_B + good
                 if good < size:
                     _wipe(cache)
                     break
-        if not found:
+                last_B = found[-1][0][-1]
+        ids_nB, logprobs_nB = (np.concatenate(each) for each in zip(*found, strict=True))
+        if not len(ids_nB):
             raise InputError("logits: expected finite numbers: the weights are damaged")
-        ids, logprobs = zip(*found, strict=True)
-        return np.concatenate(ids), np.concatenate(logprobs)
+        return ids_nB, logprobs_nB
 
     def _good(self, ids_nB: np.ndarray, logprobs_nB: np.ndarray) -> int:
         """How many tokens of every row were chosen from finite logits, before the first not."""
@@ -104,9 +103,13 @@ class CudaEngine(CupyEngine):
         ids_1B, and their natural log-probabilities under the model itself, float64; they have not
         been fed. Raises InputError as greedy does.
         """
-        with on(self.device):
+        with working_on(self.device):
             last_B = self._checked("sample", ids_B, cache, 1)
-            found = self._step(cache).sample(last_B, cache.lengths_B, sampling, numbers_B)
+            try:
+                found = self._step(cache).sample(last_B, cache.lengths_B, sampling, numbers_B)
+            except InputError:  # damaged logits, and so, perhaps, keys and values
+                _wipe(cache)
+                raise
             cache.lengths_B = cache.lengths_B + 1
         return found[0][None], found[1][None]
 
@@ -137,10 +140,7 @@ class CudaEngine(CupyEngine):
         arrays = [*cache.k, *cache.v]
         if step is None or any(a is not b for a, b in zip(arrays, (*step.k, *step.v), strict=True)):
             assert self.model is not None
-            try:
-                step = self._steps[cache] = Step(self.model, list(cache.k), list(cache.v))
-            except MemoryError as error:
-                raise out_of_memory(self.device, error) from None
+            step = self._steps[cache] = Step(self.model, list(cache.k), list(cache.v))
         return step
 
 

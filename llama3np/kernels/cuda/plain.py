@@ -7,7 +7,8 @@ of queries at a time, where the spec's would hold the scores of all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -53,26 +54,31 @@ class CupyEngine:
         """
         ops = self.untapped(cache) if tap is None else self.tapped
         c, dtype = self.config, self.profile.dtype
-        try:
-            with on(self.device), gemm.exact():
-                logits_BTV, _ = model.forward(
-                    self.params, c, ids_BT, cache, new_B, dtype, ops, tap, last_only
-                )
-                return to_host(logits_BTV)
-        except MemoryError as error:  # CuPy's OutOfMemoryError is one
-            raise out_of_memory(self.device, error) from None
+        with working_on(self.device), gemm.exact():
+            logits_BTV, _ = model.forward(
+                self.params, c, ids_BT, cache, new_B, dtype, ops, tap, last_only
+            )
+            return to_host(logits_BTV)
 
     def chooser(self, cache: Cache) -> Any:
         """None: see Engine.chooser."""
         return None
 
 
-def out_of_memory(device: Device, error: Exception) -> InputError:
-    """What to say when an allocation failed that the plan of load has not foreseen."""
-    return InputError(
-        f"device: {device} has no memory left for this call ({error}); fewer rows, fewer tokens "
-        "at a time (--prefill-chunk) or a shorter --max-seq-len take less"
-    )
+@contextmanager
+def working_on(device: Device) -> Iterator[None]:
+    """Make a device the current one, as backend.on does, for a call of an engine.
+
+    Raises InputError where an allocation fails that the plan of load has not foreseen.
+    """
+    try:
+        with on(device):
+            yield
+    except MemoryError as error:  # CuPy's OutOfMemoryError is one
+        raise InputError(
+            f"device: {device} has no memory left for this call ({error}); fewer rows, fewer "
+            "tokens at a time (--prefill-chunk) or a shorter --max-seq-len take less"
+        ) from None
 
 
 # ---- products ------------------------------------------------------------------------------------

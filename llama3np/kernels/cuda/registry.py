@@ -27,12 +27,7 @@ PLAIN = {
 }
 VECTORED = FORMATS[:8]  # those that products read 16 bytes at a time; others go weight by weight
 CACHED = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
-BATCHES = (
-    1,
-    2,
-    4,
-    8,
-)  # rows that products are specialised for; others are filled up with idle ones
+BATCHES = (1, 2, 4, 8)  # rows that products are specialised for; idle ones fill others up
 
 WARPS = 8  # of a product's block
 STRETCH = 256  # positions of attention's block

@@ -14,6 +14,7 @@ from llama3np.backend import Device, on, to_host
 from llama3np.kernels.cuda import registry, weights
 from llama3np.kernels.cuda.checks import edges
 from llama3np.kernels.cuda.launch import compiled
+from llama3np.kernels.cuda.sieve import ROOM
 from llama3np.kernels.cuda.step import RECORDS
 from llama3np.kernels.ggml import decode
 from llama3np.llm import Llama
@@ -22,7 +23,11 @@ from llama3np.sample import Sampling, all_ids, draw
 SHAPES = ((1, 256), (3, 512), (47, 256))  # rows and columns of matrices of blocks
 REPLAYS = 5
 TOLD = 3  # wrong kernels of one kind that a line tells
-SAMPLINGS = (Sampling(0.8), Sampling(1.5, top_k=20), Sampling(0.7, top_p=0.9), Sampling(1, 50, 0.8))
+# Peaked ones, and flat ones, for which the device leaves more candidates than there is room.
+SAMPLINGS = (
+    Sampling(0.8), Sampling(1.5, top_k=20), Sampling(0.02, top_p=0.9), Sampling(1, 50, 0.8),
+    Sampling(1, top_k=ROOM + 9), Sampling(50, top_p=0.99),
+)  # fmt: skip
 DRAWS = 4  # of each
 
 
@@ -120,7 +125,7 @@ def greedy(device: Device) -> str:
 
 def drawn(device: Device) -> str:
     """Tokens drawn from what the device leaves of the logits, beside those drawn from all."""
-    config = replace(selftest.WIDE, vocab_size=2001)
+    config = replace(selftest.WIDE, vocab_size=ROOM + 905)
     params = selftest.made(config, "BF16", np.random.default_rng(4))
     llm = Llama(config, params, device=str(device), engine="cuda")
     n, ids_B = DRAWS * len(SAMPLINGS), np.array([7, 8])

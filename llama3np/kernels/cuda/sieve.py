@@ -53,7 +53,8 @@ class Sieve:
 
     def order(self, sampling: Sampling, numbers_B: Any) -> None:
         """Say what the next launches are to look for."""
-        self.wishes.host[:, :3] = sampling.temperature, sampling.top_k, sampling.top_p
+        k = min(sampling.top_k, self.V)  # of any size, which float64 is not
+        self.wishes.host[:, :3] = sampling.temperature, k, sampling.top_p
         self.wishes.host[:, 3] = numbers_B
 
     def launches(self, logits_MV: Any, peaks: Any, sums: Any) -> None:

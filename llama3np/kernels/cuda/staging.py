@@ -13,6 +13,7 @@ from typing import Any
 import cupy
 import numpy as np
 
+from llama3np.kernels.cuda.pinned import page_locked
 from llama3np.kernels.joined import Joined
 from llama3np.load.lazy import Lazy
 
@@ -83,7 +84,7 @@ class _Buffer:
     """Page-locked memory, and when the device has taken what was last in it."""
 
     def __init__(self, nbytes: int):
-        self.memory = cupy.cuda.alloc_pinned_memory(nbytes)
+        self.memory = page_locked(nbytes)
         self.bytes = np.frombuffer(self.memory, np.uint8, nbytes)
         self.sent = cupy.cuda.Event(disable_timing=True)
 

@@ -94,7 +94,7 @@ def _blocks(kernel: Kernel) -> Iterator[Case]:
     yield partial(attend_block, kernel, 3, 2, [size, 0, 2], [size + 1, size, 3], room=5)
 
 
-def _always(of: Case, *sizes: tuple[int, ...]) -> Callable[[Kernel], Iterator[Case]]:
+def _always(of: Case, *sizes: tuple[float, ...]) -> Callable[[Kernel], Iterator[Case]]:
     return lambda kernel: (partial(of, kernel, *each) for each in sizes)
 
 
@@ -112,7 +112,10 @@ CASES: dict[str, Callable[[Kernel], Iterator[Case]]] = {
     "attend_block": _blocks,
     "obey": _always(obey, (1,), (8,)),
     "pick": _always(pick, (7, 1, 32), (3001, 8, 32), (32 * 256 + 1, 2, 32)),
-    "weigh": _always(weigh, (7, 1, 32), (3001, 8, 32)),
-    "sift": _always(sift, (7, 32), (3001, 32)),
+    # (logits, ..., temperature, room): more candidates than room with the last two.
+    "weigh": _always(weigh, (7, 1, 32, 0.7), (3001, 8, 32, 0.02), (8193, 2, 32, 50.0)),
+    "sift": _always(
+        sift, (7, 32, 0.7, 9), (3001, 32, 0.02, 3003), (3001, 32, 0.7, 100), (5001, 32, 50.0, 4096)
+    ),
     "settle": _always(settle, (1, 32), (8, 33)),
 }

@@ -122,27 +122,47 @@ def _parts_of(logits_MV: np.ndarray, parts: int, temperature: float) -> dict[str
     return found | {"peaks": found["peaks"].astype(np.float32)}
 
 
-def weigh(kernel: Kernel, V: int, M: int, parts: int, rng: np.random.Generator) -> None:
+def spread(rng: np.random.Generator, V: int, dense: bool) -> np.ndarray:
+    """A row of logits: normal ones, which are alone in their bins, or two in every bin, or more.
+
+    The dense ones are a 64th apart, on the edges of bins and amid them. They tell a border that is
+    one bin away, and bins of another width, where the others have only empty bins.
+    """
+    if dense:
+        return -rng.permutation(V).astype(np.float32) / np.float32(64)
+    return numbers(rng, (V,), np.float32) * np.float32(5)
+
+
+def weigh(
+    kernel: Kernel, V: int, M: int, parts: int, temperature: float, rng: np.random.Generator
+) -> None:
     """Of every part of a row the sum of powers, and how many logits are in each bin."""
-    logits_MV = numbers(rng, (M, V), np.float32) * np.float32(5)
-    expected = _parts_of(logits_MV, parts, 0.7)
-    wishes = cp.asarray(np.tile([0.7, 0, 1, 0.5], (M, 1)))
+    logits_MV = np.stack([spread(rng, V, dense=m % 2 == 0) for m in range(M)])
+    expected = _parts_of(logits_MV, parts, temperature)
+    wishes = cp.asarray(np.tile([temperature, 0, 1, 0.5], (M, 1)))
     found = {"powers": cp.full((M, parts), np.nan), "counts": cp.full((M, parts, BINS), -1, "i4")}
     at = {"logits": cp.asarray(logits_MV), "V": V, "peaks": cp.asarray(expected["peaks"])}
     launch(kernel, (parts, M), 256, **at, wishes=wishes, **found)
     within(
-        found["powers"].get(), expected["powers"], 1e-12 * expected["powers"],
+        found["powers"].get(), expected["powers"], 1e-12 * expected["powers"] + 1e-300,
         f"{kernel.name}: powers",
     )  # fmt: skip
     same(found["counts"].get(), expected["counts"], f"{kernel.name}: counts")
 
 
-def sift(kernel: Kernel, V: int, parts: int, rng: np.random.Generator) -> None:
-    """What may be drawn of a row by top-k, of one by top-p, and of one without either."""
-    wishes = np.array([[0.7, min(V, 20), 1, 0.5], [0.7, 0, 0.9, 0.5], [0.7, 0, 1, 0.8]])
-    M, room = len(wishes), V + 2
-    logits_MV = numbers(rng, (M, V), np.float32) * np.float32(5)
-    of = _parts_of(logits_MV, parts, 0.7)
+def sift(
+    kernel: Kernel, V: int, parts: int, temperature: float, room: int, rng: np.random.Generator
+) -> None:
+    """What may be drawn of a row by top-k, of one by top-p, and of one without either.
+
+    Of each kind a row with most bins empty, and one with none. A row that has more candidates than
+    room is only counted.
+    """
+    kinds = [[temperature, min(V, 5), 1, 0.5], [temperature, 0, 0.9, 0.5], [temperature, 0, 1, 0.8]]
+    wishes = np.array(2 * kinds)
+    M = len(wishes)
+    logits_MV = np.stack([spread(rng, V, dense=m >= M // 2) for m in range(M)])
+    of = _parts_of(logits_MV, parts, temperature)
     facts, ids = cp.full((M, 5), np.nan), cp.full((M, room), UNTOUCHED, np.int32)
     kept = cp.full((M, room), UNTOUCHED, np.float32)
     launch(
@@ -150,14 +170,20 @@ def sift(kernel: Kernel, V: int, parts: int, rng: np.random.Generator) -> None:
         **{name: cp.asarray(array) for name, array in of.items()},
         parts=parts, facts=facts, ids=ids, kept=kept, room=room,
     )  # fmt: skip
-    for m, wish in enumerate(wishes):
-        what, expected = f"{kernel.name}: row {m} ", candidates_of(logits_MV[m], wish, parts)
-        powers_V = powers(logits_MV[m], float(logits_MV[m].max()), 0.7)
-        before = powers_V[: expected[0]].sum() if m == 2 else 0
-        once = powers(logits_MV[m], float(logits_MV[m].max()), 1.0).sum()
-        exact = np.array([len(expected), logits_MV[m].max(), powers_V.sum(), once, before])
-        bound = exact * [0, 0, 1e-12, 40 * ULP, 1e-12]
-        within(facts.get()[m], exact, bound, f"{what}facts")
-        for name, array, value in (("ids", ids, expected), ("kept", kept, logits_MV[m, expected])):
-            same(array.get()[m, : len(expected)], value, f"{what}{name}")
-            untouched(array.get()[m, len(expected) :], kernel.name)
+    for m, (logits_V, wish) in enumerate(zip(logits_MV, wishes, strict=True)):
+        what, chosen = f"{kernel.name}: row {m} ", candidates_of(logits_V, wish, parts)
+        exact = _facts_of(logits_V, wish, chosen)
+        within(facts.get()[m], exact, exact * [0, 0, 1e-12, 40 * ULP, 1e-12], f"{what}facts")
+        written = chosen if len(chosen) <= room else chosen[:0]
+        for name, array, value in (("ids", ids, written), ("kept", kept, logits_V[written])):
+            same(array.get()[m, : len(written)], value, f"{what}{name}")
+            untouched(array.get()[m, len(written) :], kernel.name)
+
+
+def _facts_of(logits_V: np.ndarray, wish: Sequence[float], chosen: np.ndarray) -> np.ndarray:
+    """What `sift` tells of a row besides its candidates; see tokens.cu, cut_of."""
+    temperature, k, p, _ = wish
+    peak = float(logits_V.max())
+    powers_V, once = powers(logits_V, peak, temperature), powers(logits_V, peak, 1.0).sum()
+    before = 0.0 if k or p < 1 else powers_V[: chosen[0]].sum()
+    return np.array([len(chosen), peak, powers_V.sum(), once, before])
