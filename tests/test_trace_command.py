@@ -144,7 +144,6 @@ BAD = {
     "empty": (["--taps", ""], "found ''"),
     "prefill": (["--prefill", "0"], "--prefill: expected 1 to 4 ids, found 0"),
     "prefill of decode": (["--prefill", "5", "--decode", "2"], "--prefill: expected 1 to 4 ids"),
-    "profile": (["--budgets", "foo"], "--budgets: expected some of float32"),
     "decode too many": (["--decode", "9999"], "--decode: expected "),
     "decode": (["--decode", "-1"], "decode: expected a whole number from 0 on, found -1"),
     "budgets": (["--budgets", "float32"], "expected one of --budgets and --no-budgets"),
