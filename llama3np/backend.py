@@ -124,6 +124,16 @@ def on(device: Device) -> Iterator[Any]:
         yield cupy
 
 
+def device_of(array: Any) -> Device:
+    """Where an array of either module lies."""
+    return CPU if isinstance(array, np.ndarray) else Device("cuda", array.device.id)
+
+
+def current(xp: Any) -> Device:
+    """Where this thread makes the arrays of a module: see `on`."""
+    return CPU if xp is np else Device("cuda", xp.cuda.Device().id)
+
+
 def cupy_module() -> Any:
     """CuPy. Raises InputError, with the command that installs it, where it cannot be imported."""
     try:
@@ -145,10 +155,7 @@ def use(device: Device) -> Any:
         return np
     cupy = cupy_module()
     if not cupy.cuda.is_available():
-        raise InputError(
-            "device: CuPy finds no CUDA driver or no GPU (nvidia-smi shows what there is); "
-            "--device cpu computes without"
-        )
+        raise InputError(f"device: {_what_is_missing(cupy)}; --device cpu computes without")
     count = cupy.cuda.runtime.getDeviceCount()
     if device.number >= count:
         last = f"cuda:{count - 1}"
@@ -163,6 +170,20 @@ def use(device: Device) -> Any:
             f"{INSTALL} brings all of CUDA that CuPy needs ({OLDER})"
         ) from None
     return cupy
+
+
+def _what_is_missing(cupy: Any) -> str:
+    """Why CuPy has no device: a driver older than its CUDA, or none, or no GPU."""
+    driver, own = cupy.cuda.runtime.driverGetVersion(), cupy.cuda.runtime.runtimeGetVersion()
+    if 0 < driver // 1000 < own // 1000:  # 12040 is CUDA 12.4; 0 means no driver
+        return (
+            f"the driver knows CUDA {driver // 1000}.{driver % 1000 // 10} and this CuPy needs "
+            f"{own // 1000}: a newer driver, or pip install {OLDER}"
+        )
+    return (
+        "CuPy finds no CUDA driver or no GPU (nvidia-smi shows what there is), which it needs "
+        f"beside {INSTALL} ({OLDER})"
+    )
 
 
 def _compute_a_little(device: Device) -> None:

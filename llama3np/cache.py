@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from llama3np.backend import namespace
+from llama3np.backend import current, device_of, namespace, on
 from llama3np.errors import InputError
 
 # How keys and values may be stored: "f32" is exact, the others round every number once, to the
@@ -72,7 +72,8 @@ class Cache:
     def check(self, config: Any, dtype: Any, xp: Any = np) -> None:
         """Raise InputError if this is the cache of another model, another precision or device.
 
-        dtype is that of the arithmetic, xp the module of the model's arrays.
+        dtype is that of the arithmetic, xp the module of the model's arrays, whose device is the
+        current one of this thread (backend.on).
         """
         expected = config.n_layers, config.n_kv_heads, config.head_dim
         k = self.k[0]
@@ -83,9 +84,10 @@ class Cache:
                 f"cache: expected (layers, key/value heads, head size) {expected} in "
                 f"{' or '.join(allowed)}, found {found} in {k.dtype}"
             )
-        if namespace(k) is not xp:
-            place, other = ("cpu", "cuda") if xp is np else ("cuda", "cpu")
-            raise InputError(f"cache: expected one that lies on {place}, found one on {other}")
+        if (found_on := device_of(k)) != (expected_on := current(xp)):
+            raise InputError(
+                f"cache: expected one that lies on {expected_on}, found one on {found_on}"
+            )
 
     def room(self, shape_BT: tuple[int, int], new_B: Any = None) -> np.ndarray:
         """The counts new_B of T tokens a row, all if not given, for which there is room.
@@ -166,8 +168,11 @@ class Cache:
         if not whole or (chosen < 0).any() or (chosen >= self.batch).any():
             raise InputError(f"cache: expected rows from 0 to {self.batch - 1}, found {rows}")
         try:
-            there = namespace(self.k[0]).asarray(chosen)  # once: host indices would be moved often
-            k, v = ([_copy_rows(a, there, self._used) for a in each] for each in (self.k, self.v))
+            with on(device_of(self.k[0])) as xp:
+                there = xp.asarray(chosen)  # once: host indices would be moved each time
+                k, v = (
+                    [_copy_rows(a, there, self._used) for a in each] for each in (self.k, self.v)
+                )
         except MemoryError as error:  # CuPy's OutOfMemoryError is one
             raise InputError(
                 f"cache: no memory for a copy of {chosen.size} rows: {error}"

@@ -13,7 +13,7 @@ import numpy as np
 
 from llama3np import fit
 from llama3np import generate as generation
-from llama3np.backend import free_memory, namespace, off_device, on, parse_device, to_host, use
+from llama3np.backend import free_memory, off_device, on, parse_device, to_host, use
 from llama3np.cache import Cache, new_cache
 from llama3np.cache import kv_dtype as cache_dtype
 from llama3np.chat import chat_ids
@@ -294,7 +294,8 @@ class Llama:
     ) -> Iterator[list[generation.Token]]:
         chosen = as_sampling(sampling)
         if cache is not None:
-            cache.check(self.config, self.profile.dtype, namespace(self.params.norm_D))
+            with on(self.device) as xp:
+                cache.check(self.config, self.profile.dtype, xp)
             if cache.batch != len(batch):
                 raise InputError(f"cache: expected {len(batch)} rows, found {cache.batch}")
         stops = self.stop_ids if stop_ids is None else frozenset(as_ids(stop_ids))

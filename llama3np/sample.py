@@ -107,7 +107,7 @@ def keep_top_p(probs_C: np.ndarray, p: float) -> np.ndarray:
         return probs_C
     # Those below this add up to less than what is beyond p and are all dropped: no need to sort
     # them. All add up to 1, but for what was left out of the candidates.
-    least = (probs_C.sum() - p) / probs_C.size
+    least = min((probs_C.sum() - p) / probs_C.size, probs_C.max())  # rounded, it may be above all
     some = np.flatnonzero(probs_C >= least)
     order = some[np.argsort(-probs_C[some], kind="stable")]
     before = np.cumsum(probs_C[order]) - probs_C[order]

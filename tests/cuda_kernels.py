@@ -34,7 +34,7 @@ def strict(**options):
 
 def random_weight(format, N, K, rng):
     """(what a loader hands over, its float32 values)."""
-    from llama3np.kernels.cuda.kernelcheck import matrix  # which needs CuPy
+    from llama3np.kernels.cuda.checks.measures import matrix  # which needs CuPy
 
     w = matrix(format, (N, K), rng)
     return w, w[:].astype(np.float32)

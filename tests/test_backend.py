@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 import llama3np
 from llama3np import backend
+from llama3np import cache as cache_module
+from llama3np.cache import new_cache
+from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.kernels.engine import engine_class
 
@@ -101,8 +104,25 @@ def test_without_a_gpu_the_sentence_says_so_before_any_file_is_looked_for():
     run = python(code, CUDA_VISIBLE_DEVICES="")
     assert run.returncode == 2
     assert run.stderr == (
-        "llama3np: device: CuPy finds no CUDA driver or no GPU (nvidia-smi shows what there is); "
-        "--device cpu computes without\n"
+        "llama3np: device: CuPy finds no CUDA driver or no GPU (nvidia-smi shows what there is), "
+        'which it needs beside pip install "llama3np[cuda13]" ("llama3np[cuda12]" for drivers '
+        "below 580); --device cpu computes without\n"
+    )
+
+
+def test_a_driver_that_is_too_old_is_told_with_the_other_package():
+    """CuPy says no more of it than that there is no device."""
+    pytest.importorskip("cupy")
+    code = (
+        "import sys, cupy; cupy.cuda.runtime.driverGetVersion = lambda: 12040\n"
+        "from llama3np.cli import main\n"
+        "sys.exit(main(['generate', '/nowhere', 'x', '--device', 'cuda']))"
+    )
+    run = python(code, CUDA_VISIBLE_DEVICES="")
+    assert run.returncode == 2
+    assert run.stderr == (
+        "llama3np: device: the driver knows CUDA 12.4 and this CuPy needs 13: a newer driver, or "
+        'pip install "llama3np[cuda12]" for drivers below 580; --device cpu computes without\n'
     )
 
 
@@ -155,6 +175,31 @@ def test_device_ids_are_checked_on_the_host_too():
     np.testing.assert_array_equal(backend.host_ids(cupy.asarray([[1, 2]]), 3), [[1, 2]])
     with pytest.raises(InputError, match="expected 0 <= id < 3"):
         backend.host_ids(cupy.asarray([[1, 3]]), 3)
+
+
+def test_a_cache_is_copied_and_looked_for_where_it_lies(softcuda, monkeypatch):
+    """Of two devices: the current one is 0, as the software has one, and the cache's another."""
+    import cupy
+
+    config = Config(8, 1, 2, 1, 4, 16, 9)
+    cache, made = new_cache(config, 1, 4, xp=cupy), []
+    monkeypatch.setattr(cache_module, "on", noting(made))
+    cache.fork()
+    assert made == [backend.Device("cuda", 0)]
+    monkeypatch.setattr(cache_module, "current", lambda xp: backend.Device("cuda", 1))
+    with pytest.raises(InputError, match="one that lies on cuda:1, found one on cuda:0"):
+        cache.check(config, "float32", cupy)
+
+
+def noting(made):
+    """backend.on that notes what it was called with."""
+    real = backend.on
+
+    def on(device):
+        made.append(device)
+        return real(device)
+
+    return on
 
 
 # ---- engines ------------------------------------------------------------------------------------

@@ -18,15 +18,11 @@ from llama3np.sample import Candidates, Sampling, all_ids, powers
 
 cp = pytest.importorskip("cupy")
 
-from llama3np.kernels.cuda import kernelcheck, registry  # noqa: E402
-from llama3np.kernels.cuda.kernelcheck import (  # noqa: E402
-    ULP,
-    candidates_of,
-    numbers,
-    on_device,
-    run_attend,
-    run_combine,
-)
+from llama3np.kernels.cuda import registry  # noqa: E402
+from llama3np.kernels.cuda.checks import attention, edges, measures, products, rows, tokens  # noqa: E402
+from llama3np.kernels.cuda.checks.attention import run_attend, run_combine  # noqa: E402
+from llama3np.kernels.cuda.checks.measures import ULP, numbers, on_device  # noqa: E402
+from llama3np.kernels.cuda.checks.tokens import candidates_of  # noqa: E402
 from llama3np.kernels.cuda.launch import launch  # noqa: E402
 from llama3np.kernels.cuda.registry import BATCHES, BINS, CACHED, FORMATS, STRETCH  # noqa: E402
 from llama3np.kernels.cuda.step import pitch_of  # noqa: E402
@@ -151,7 +147,7 @@ def test_rows_on_the_device_have_the_bits_of_ggml(format, data, seed):
 
 @pytest.mark.parametrize("format", ["F16", "BF16"])
 def test_every_16_bit_number_is_widened_exactly(format):
-    kernelcheck.every_number(registry.row_kernel("widen", format), np.random.default_rng(0))
+    rows.every_number(registry.row_kernel("widen", format), np.random.default_rng(0))
 
 
 def test_what_a_loader_hands_over_is_uploaded_as_it_is():
@@ -182,14 +178,14 @@ def test_project_is_a_product_with_the_normed_vectors(kind, data, seed, eps):
     rows, parts = data.draw(st.integers(1, M)), data.draw(st.integers(1, 40))
     with strict():
         kernel = product_kernel("project", format, K, M)
-        kernelcheck.project(kernel, sizes, K, rows, rng, eps, parts)
+        products.project(kernel, sizes, K, rows, rng, eps, parts)
 
 
 @pytest.mark.parametrize("format", registry.PLAIN)
 def test_project_reads_rows_that_end_anywhere(format):
     """With 3, 1 and 2 numbers after the last four: sizes that are drawn seldom have them all."""
     with strict():
-        kernelcheck.check(_project(format, 1, rows_aligned=False))
+        edges.check(_project(format, 1, rows_aligned=False))
 
 
 @each_product
@@ -199,7 +195,7 @@ def test_gate_up_is_swiglu_of_both_products(kind, data, seed):
     N, K = shapes(data.draw, format)
     with strict():
         kernel = product_kernel("gate_up", format, K, M)
-        kernelcheck.gate_up(kernel, N, K, data.draw(st.integers(1, M)), rng)
+        products.gate_up(kernel, N, K, data.draw(st.integers(1, M)), rng)
 
 
 @each_product
@@ -209,7 +205,7 @@ def test_add_adds_a_product_and_leaves_sums_of_squares(kind, data, seed):
     N, K = shapes(data.draw, format)
     with strict():
         kernel = product_kernel("add", format, K, M)
-        kernelcheck.add(kernel, N, K, data.draw(st.integers(1, M)), rng)
+        products.add(kernel, N, K, data.draw(st.integers(1, M)), rng)
 
 
 @given(st.sampled_from(["F32", "BF16"]), st.data(), seeds)
@@ -218,7 +214,7 @@ def test_rounded_products_are_those_of_bf16_vectors(format, data, seed):
     N, K = shapes(data.draw, format)
     with strict():
         kernel = product_kernel("add", format, K, 1)
-        kernelcheck.add(kernel, N, K, 1, np.random.default_rng(seed), rounded=1)
+        products.add(kernel, N, K, 1, np.random.default_rng(seed), rounded=1)
 
 
 @given(st.sampled_from(["F32", "BF16", "Q8_0", "Q4_K"]), st.data(), seeds)
@@ -246,7 +242,7 @@ def test_a_vector_has_the_same_bits_alone_and_in_a_batch(format, data, seed):
 @given(st.integers(1, 600), st.integers(1, 3), seeds)
 def test_swiglu_of_two_buffers(N, M, seed):
     with strict():
-        kernelcheck.swiglu(registry.SWIGLU, N, M, np.random.default_rng(seed))
+        products.swiglu(registry.SWIGLU, N, M, np.random.default_rng(seed))
 
 
 # ---- embedding -----------------------------------------------------------------------------------
@@ -258,7 +254,7 @@ def test_embed_looks_rows_up_and_sums_their_squares(format, data, seed):
     N, K = shapes(data.draw, format)
     with strict():
         kernel = registry.row_kernel("embed", format)
-        kernelcheck.embed(kernel, N, K, np.random.default_rng(seed))
+        rows.embed(kernel, N, K, np.random.default_rng(seed))
 
 
 # ---- attention -----------------------------------------------------------------------------------
@@ -279,13 +275,13 @@ def test_turn_is_rope_and_a_write_to_the_cache(cache, pairing, seed):
     H, G, K, slots, positions, dtype = cache
     with strict():
         kernel = registry.attention_kernel("turn", H, G, dtype, pairing)
-        kernelcheck.turn(kernel, K, slots, positions, np.random.default_rng(seed))
+        attention.turn(kernel, K, slots, positions, np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("dtype", CACHED[1:])
 def test_numbers_are_rounded_to_the_cache_as_numpy_does(dtype):
     kernel = registry.attention_kernel("turn", 64, 1, dtype, "half")
-    kernelcheck.rounding(kernel, 1, np.random.default_rng(0))
+    attention.rounding(kernel, 1, np.random.default_rng(0))
 
 
 @given(caches(), st.sampled_from([1, 30]), seeds)
@@ -293,7 +289,7 @@ def test_attend_leaves_peaks_sums_and_means_of_every_stretch(cache, size, seed):
     H, G, K, slots, positions, dtype = cache
     with strict():
         kernel = registry.attention_kernel("attend", H, G, dtype, "half")
-        kernelcheck.attend(kernel, K, slots, positions, np.random.default_rng(seed), size)
+        attention.attend(kernel, K, slots, positions, np.random.default_rng(seed), size)
 
 
 @given(caches(), seeds)
@@ -301,7 +297,7 @@ def test_combine_puts_stretches_together(cache, seed):
     H, G, K, slots, positions, dtype = cache
     with strict():
         kernel = registry.attention_kernel("combine", H, G, dtype, "half")
-        kernelcheck.combine(kernel, K, slots, positions, np.random.default_rng(seed))
+        attention.combine(kernel, K, slots, positions, np.random.default_rng(seed))
 
 
 def decode_attention(q_MNH, keys, values, positions, G, **options):
@@ -331,7 +327,7 @@ def exact_attention(q_MNH, keys, values, positions):
 def attention_bound(q_MNH, keys, positions, largest):
     """An error of scores moves a power, and a mean by two of it."""
     most = max(1, max(positions) + 1)
-    error = kernelcheck.score_error(q_MNH, keys, positions)
+    error = attention.score_error(q_MNH, keys, positions)
     return (2 * error + (most / 8 + 40) * ULP) * largest + 1e-30
 
 
@@ -347,7 +343,7 @@ def test_decode_attention_is_that_of_the_spec(cache, seed):
     found = decode_attention(q_MNH, keys, values, positions, G)
     expected, largest = exact_attention(q_MNH, keys, values, positions)
     bound = attention_bound(q_MNH, keys, positions, largest)
-    kernelcheck.within(found, expected, bound, "attention")
+    measures.within(found, expected, bound, "attention")
     idle = np.array(positions) < 0
     assert (found[idle] == 0).all()
 
@@ -361,9 +357,7 @@ def test_large_scores_do_not_overflow(cache, seed):
     keys, values = (numbers(rng, (M, K, slots, H), dtype) for _ in range(2))
     found = decode_attention(q_MNH, keys, values, positions, G)
     expected, largest = exact_attention(q_MNH, keys, values, positions)
-    kernelcheck.within(
-        found, expected, attention_bound(q_MNH, keys, positions, largest), "attention"
-    )
+    measures.within(found, expected, attention_bound(q_MNH, keys, positions, largest), "attention")
 
 
 @given(st.sampled_from(HEADS), st.sampled_from(CACHED), st.data(), seeds)
@@ -375,7 +369,7 @@ def test_prefill_attention_is_that_of_the_spec(heads, dtype, data, seed):
     K, room = data.draw(st.integers(1, 2)), data.draw(st.integers(0, 9))
     with strict():
         kernel = registry.prefill_kernel(H, dtype)
-        kernelcheck.attend_block(kernel, G, K, lengths, new_B, room, np.random.default_rng(seed))
+        attention.attend_block(kernel, G, K, lengths, new_B, room, np.random.default_rng(seed))
 
 
 # ---- choosing ------------------------------------------------------------------------------------
@@ -421,7 +415,7 @@ def test_the_largest_logit_is_chosen_the_lowest_id_first(V, M, parts, data, seed
     wide = logits_MV.astype(np.float64)
     assert found["records"][1, :, 0].tolist() == expected.tolist()
     sums = np.exp(wide - wide.max(axis=1, keepdims=True)).sum(axis=1)
-    kernelcheck.within(found["records"][1, :, 1], sums, 40 * ULP * sums, "sum of powers")
+    measures.within(found["records"][1, :, 1], sums, 40 * ULP * sums, "sum of powers")
     assert found["tokens"].tolist() == [5, *expected[1:].tolist()]
     assert found["positions"].tolist() == [-1, *range(1, M)]
     assert (found["records"][0] == 0).all()
@@ -438,15 +432,15 @@ def test_logits_that_are_not_numbers_leave_a_token_that_is_one():
 @given(st.integers(1, 8), seeds)
 def test_orders_of_the_host_are_obeyed(M, seed):
     with strict():
-        kernelcheck.obey(registry.token_kernel("obey"), M, np.random.default_rng(seed))
+        tokens.obey(registry.token_kernel("obey"), M, np.random.default_rng(seed))
 
 
 @given(st.integers(2, 3000), st.integers(1, 8), st.integers(1, 40), seeds)
 def test_pick_and_settle_alone(V, M, parts, seed):
     with strict():
         rng = np.random.default_rng(seed)
-        kernelcheck.pick(registry.token_kernel("pick"), V, M, parts, rng)
-        kernelcheck.settle(registry.token_kernel("settle"), M, parts, rng)
+        tokens.pick(registry.token_kernel("pick"), V, M, parts, rng)
+        tokens.settle(registry.token_kernel("settle"), M, parts, rng)
 
 
 # ---- drawing -------------------------------------------------------------------------------------

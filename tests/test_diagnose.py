@@ -102,6 +102,14 @@ def test_a_mistake_in_the_spec_is_named(id):
         assert result["where"] == where
 
 
+@pytest.mark.parametrize("id", ["residual-missing", "norm-weight-plus-one"])
+def test_a_mistake_that_makes_noise_grow_is_named(id):
+    """Twelve layers, sums in another order: beyond the budget of the right spec by far."""
+    llm = llama(replace(CONFIG, n_layers=12))
+    _, wrong = list(table()[id].cases(setting(llm)))[-1]
+    assert diagnosed(llm, traced(llm, wrong, product="halves"))["verdict"] == id
+
+
 @pytest.mark.parametrize("id", ["heads-tiled", "theta-10000", "eps-1e-6", "gelu-tanh", "relu"])
 def test_a_mistake_is_named_by_logits_alone(id):
     llm = llama()

@@ -70,6 +70,16 @@ def test_top_p_keeps_the_largest_until_those_before_exceed_p(probs_V, p):
     np.testing.assert_allclose(kept[wanted], probs_V[wanted] / probs_V[wanted].sum(), rtol=1e-12)
 
 
+def test_a_tiny_p_keeps_the_largest_of_equal_ones():
+    """1 - p of their number, rounded, may be above every one of them."""
+    for V in range(1, 300):
+        probs_V = np.full(V, 1 / V)
+        for p in (1e-300, 1e-17, 1e-3):
+            kept_V = keep_top_p(probs_V, p)
+            assert kept_V[0] > 0
+            assert kept_V.sum() == pytest.approx(1)
+
+
 @given(logits, st.floats(0.05, 20))
 def test_temperature_divides_the_logits(logits_V, temperature):
     probs_V = probabilities(all_ids(logits_V, temperature), Sampling(temperature))

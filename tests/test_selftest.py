@@ -369,10 +369,11 @@ WRONG_KERNELS = {
 
 @pytest.mark.gpu
 def test_every_kernel_of_the_registry_has_a_check():
-    from llama3np.kernels.cuda import kernelcheck, registry
+    from llama3np.kernels.cuda import registry
+    from llama3np.kernels.cuda.checks import edges
 
-    assert {kernel.entry for kernel in registry.every_kernel()} == set(kernelcheck.CASES)
-    assert set(WRONG_KERNELS) == set(kernelcheck.CASES)
+    assert {kernel.entry for kernel in registry.every_kernel()} == set(edges.CASES)
+    assert set(WRONG_KERNELS) == set(edges.CASES)
 
 
 @pytest.fixture
@@ -456,3 +457,10 @@ def test_a_model_on_a_device_is_benched(softcuda, monkeypatch):
         bench.measure(llm, bench.Plan(4, 3, 10**8, 500, 1))
     with pytest.raises(InputError, match="--profile-ops: expected --device cpu, found cuda:0"):
         bench.profile_ops(llm, bench.Plan(4, 3, 1, 4, 1))
+
+
+def test_a_mistaken_name_is_told_before_anything_is_checked(monkeypatch, capsys):
+    """It is no failure of the device, which a report would call it."""
+    monkeypatch.setattr(selftest, "checks", lambda *_: pytest.fail("checked"))
+    assert cli.main(["selftest", "/no such model", "--no-speed"]) == 2
+    assert "/no such model" in capsys.readouterr().err

@@ -10,6 +10,8 @@ from typing import Any
 from llama3np import selftest
 from llama3np.backend import Device, parse_device, use
 from llama3np.errors import InputError
+from llama3np.load import inspect
+from llama3np.load.installed import resolve
 
 MODEL_IS_OPTIONAL = True
 REPORT = "llama3np-selftest.json"
@@ -27,6 +29,8 @@ def run(args: argparse.Namespace) -> int:
     """Check, measure, write the report; exit status 0 for PASS, 1 for FAIL."""
     use(device := parse_device(args.device))
     path = args.model or selftest.default_model()
+    if args.model is not None:  # a name that is mistaken is no failure of the device
+        inspect(resolve(args.model))
     report = reported(device, path, args)
     try:
         Path(args.report).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -31,8 +31,9 @@ from llama3np.llm import Llama
 from llama3np.threads import single_threaded_blas
 
 PAIRED_WITH = 4  # of the mutations that help, so many are tried together with others
-NEARLY = 30  # times the budget: no further off may a run be that is only noisier
 HELPFUL = 0.8  # of the error: what a mutation that helps leaves at most
+UNDONE = 1000  # a mistake named though noise grew leaves one such part of the first error
+ALIKE = 0.25  # of a tap's size: no further off may any be where noise grew
 SURE = 3  # times the finer budget: what the spec must be off before a 16-bit mistake is believed
 
 # ---- sweeps --------------------------------------------------------------------------------------
@@ -153,7 +154,7 @@ def concluded(judge: Judge, plain: Outcome, trials: list[Trial], numbers: Number
     number = numbers.wrong(judge)
     explaining: list[Trial] = []
     if max(plain.ratios(judge.budget).values()) > (SURE if judge.agrees else 1):
-        explaining = fitting(seen, judge) or noisier(seen, judge)
+        explaining = fitting(seen, judge) or noisier(seen, plain, judge)
     elif number:
         explaining = [trial for trial in fitting(seen, judge) if numbers.right(judge, trial)]
     if not judge.agrees and not explaining:
@@ -186,17 +187,25 @@ def fitting(trials: Iterable[Trial], judge: Judge) -> list[Trial]:
     return likeliest(found, judge.budget) if found else []
 
 
-def noisier(trials: Iterable[Trial], judge: Judge) -> list[Trial]:
-    """The nearest trial, if it explains the candidate by the noise of its own run."""
-    nearly = [
+def noisier(trials: Iterable[Trial], plain: Outcome, judge: Judge) -> list[Trial]:
+    """The best trial that undoes what is wrong first, if the noise of its own run tells the rest.
+
+    A mistake may make noise grow that the right spec dampens.
+    """
+    first = divergence(plain, judge)
+    if first is None:
+        return []
+    enough = max(judge.budget[first], plain.errors[first] / UNDONE)
+    undoing = [
         trial
         for trial in trials
-        if len(trial.setting.ids) == len(judge.base.ids)
+        if trial.outcome.errors.get(first, inf) <= enough
+        and len(trial.setting.ids) == len(judge.base.ids)
         and len(trial.setting.order or trial.setting.params.layers) >= judge.base.config.n_layers
-        and max(trial.outcome.ratios(judge.budget).values(), default=inf) < NEARLY
     ]
-    best = min(nearly, key=lambda trial: rank(trial, judge)[-1], default=None)
+    best = min(undoing, key=lambda trial: rank(trial, judge), default=None)
     if best is None:
         return []
     whole = best._replace(outcome=judge.outcome(best.setting))
-    return [whole] if explained(whole.outcome, judge.allowed(best.setting)) else []
+    alike = max(whole.outcome.errors.values()) < ALIKE
+    return [whole] if alike and explained(whole.outcome, judge.allowed(best.setting)) else []

@@ -103,8 +103,8 @@ MISTAKES = {
     "gelu-tanh": Mistake(partial(stream.activation, function=nn.GELU("tanh"))),
     "relu": Mistake(partial(stream.activation, function=nn.ReLU())),
     "qk-permuted": Mistake(partial(weights.permuted, order=rows_of_meta), ALL),
-    # Not in stories260K: of 8 numbers the order after it is that of the other pairing.
-    "qk-permuted-back": Mistake(partial(weights.permuted, order=rows_of_halves), OTHERS),
+    # The numbers of another pairing, but for where they stand in a head: the pairs are the same.
+    "qk-permuted-back": Mistake(partial(weights.permuted, order=rows_of_halves)),
     "k-permuted-as-q": Mistake(weights.k_permuted_as_q, ("stories260k", "made-up-8")),
     "q-transposed": Mistake(
         partial(weights.reshaped, names=[ATTN + "q_proj"], change=weights.column_by_column)
@@ -126,7 +126,7 @@ MISTAKES = {
         partial(weights.swapped, part="mlp", one="gate_proj", other="up_proj")
     ),
     "head-tied": Mistake(weights.head_tied, SCALED_8 + SCALED_32),
-    "head-untied": Mistake(weights.head_empty),
+    "head-untied": Mistake(weights.head_empty, REAL),
     "embedding-scaled": Mistake(weights.embedding_scaled),
     "shard-axis/wo": Mistake(
         partial(weights.reshaped, names=[ATTN + "o_proj"], change=weights.merged_on_other_axis)

@@ -11,7 +11,8 @@ import numpy as np
 
 from llama3np import selftest
 from llama3np.backend import Device, on, to_host
-from llama3np.kernels.cuda import kernelcheck, registry, weights
+from llama3np.kernels.cuda import registry, weights
+from llama3np.kernels.cuda.checks import edges
 from llama3np.kernels.cuda.launch import compiled
 from llama3np.kernels.cuda.step import RECORDS
 from llama3np.kernels.ggml import decode
@@ -39,7 +40,7 @@ def _kernels(some: list[registry.Kernel], device: Device) -> str:
         try:
             with on(device):
                 most = max(most, _compiled(kernel))
-                launches += kernelcheck.check(kernel)
+                launches += edges.check(kernel)
         except selftest.MismatchError as error:
             wrong.append(str(error))
         except Exception as error:  # the others may still tell something
