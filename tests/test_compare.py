@@ -467,9 +467,9 @@ def files(tmp_path_factory):
     ("ref", "cand", "status", "told"),
     [
         ("ref", "right", 0, "agrees: 37 taps, all within the budget"),
-        ("ref", "part", 0, "agrees: 1 taps, all within the budget"),
+        ("ref", "part", 0, "agrees: 1 tap, within the budget"),
         ("ref", "wrong", 1, "diverges first at layers.0.scores, position 0, head"),
-        ("ref", "half", 2, "incomplete: 1 taps agree, but logits are missing"),
+        ("ref", "half", 2, "incomplete: 1 tap agrees, but logits are missing"),
         ("ref", "other", 2, "ids: expected 7 at position 3, found 8"),
         ("right", "ref", 2, "expected a trace that llama3np made"),
         ("nobudget", "right", 2, "expected the measured error of float32, found none"),

@@ -31,11 +31,9 @@ from llama3np.llm import Llama
 from llama3np.threads import single_threaded_blas
 
 PAIRED_WITH = 4  # of the mutations that help, so many are tried together with others
-UNDONE = (
-    1000  # so many times smaller is the first error, if a mistake that made noise grow is undone
-)
-ALIKE = 0.25  # of a tap's size: no further off may any be where noise grew
 HELPFUL = 0.8  # of the error: what a mutation that helps leaves at most
+UNDONE = 1000  # a mistake named though noise grew leaves one such part of the first error
+ALIKE = 0.25  # of a tap's size: no further off may any be where noise grew
 SURE = 3  # times the finer budget: what the spec must be off before a 16-bit mistake is believed
 
 # ---- sweeps --------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def explanation(found: Diagnosis) -> str:
     """One sentence for a porter."""
     if found.status == "agrees":
         return "Nothing is wrong: the candidate is as near to the spec as honest rounding allows"
-    if found.status == "unexplained" and found.judge.agrees:
+    if found.status == "unexplained" and found.judge.agrees and found.number:
         return f"Taken as a whole, what can be read is right, but {found.number.tap} is not"
     if found.status == "unexplained":
         return "No mutation, and no pair of them, explains the candidate"
