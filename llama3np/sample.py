@@ -5,6 +5,7 @@ Everything is float64 on the host, so that one seed gives one text on every devi
 
 from __future__ import annotations
 
+import sys
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ class Sampling(NamedTuple):
     def check(self) -> Sampling:
         """Return self; raise InputError naming the value that is out of range."""
         temperature, top_k, top_p, seed = self
-        if not (isinstance(temperature, Real) and 0 <= temperature < np.inf):
+        if not (isinstance(temperature, Real) and 0 <= temperature <= sys.float_info.max):
             raise InputError(f"temperature: expected a number from 0 on, found {temperature!r}")
         if not (isinstance(top_k, Integral) and top_k >= 0):
             raise InputError(f"top_k: expected a whole number, 0 for all, found {top_k!r}")

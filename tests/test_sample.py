@@ -182,6 +182,7 @@ def test_a_seed_repeats_and_rows_differ():
         ({"temperature": math.inf}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
         ({"top_k": -1}, "top_k"),
+        ({"temperature": 10**400}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
         ({"seed": -1}, "seed"),
