@@ -168,7 +168,7 @@ class NoCache:
 
 
 # What block needs of a forward pass. An attention that keeps less shows lse in place of probs.
-_KEPT = {*"attn_norm q_rope k_rope v probs lse attn h_mid mlp_norm gate up act".split()}
+_KEPT = {*"attn_norm q_rope k_rope v probs powers attn h_mid mlp_norm gate up act".split()}
 
 
 class Taps:

@@ -16,11 +16,15 @@ import numpy as np
 from llama3np import model
 from llama3np.config import Config
 from llama3np.threads import Pool, single_threaded_blas
-from llama3np.train import backward
+from llama3np.train import backward, tiles
 from llama3np.train.flat import Flat
 from llama3np.train.gradients import Sums
 
-PART = 1024  # tokens of a part: 128 floats of each are 0.5 MB, half of a core's second cache
+PART = 512  # tokens: what is kept of them fits the caches; 1024 took a third more time (new memory)
+
+
+OPS = model.PLAIN._replace(attention=tiles.attention)
+BACK = backward.PLAIN._replace(attention=tiles.backward)
 
 
 class Batch(NamedTuple):
@@ -47,7 +51,7 @@ class BatchGradient:
             part = Batch(*(array[i * rows : (i + 1) * rows] for array in batch))
             grad = params.like()
             loss = backward.loss_and_gradients(
-                tree, self.config, *part, Sums(grad), recompute=self.recompute
+                tree, self.config, *part, Sums(grad), OPS, BACK, self.recompute
             )
             total.add(i, loss, grad)
 
