@@ -21,6 +21,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--shard-size", metavar="5GB", help="the most bytes of a safetensors file")
     parser.add_argument("--mp", type=int, metavar="M", help="the number of Meta's shards")
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="low-rank adapters to merge, in the layout of PEFT"
+    )
     common.rope_argument(parser)
 
 
@@ -37,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
             args.mp,
             progress,
             args.rope_factor,
+            args.adapter,
         )
     if args.json:
         print(json.dumps({"out": args.out, "left_out": notes}))

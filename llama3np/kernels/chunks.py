@@ -1,8 +1,9 @@
-"""A stored weight, and the product with it: it is read, and widened, a few rows at a time."""
+"""A stored weight, and the products with it: it is read, and widened, a few rows at a time."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ class Stored:
     """What stored matrices of any format have in common, beside rows by `w[ids]`."""
 
     ndim = 2
+    __array_ufunc__ = None  # so that NumPy leaves y @ w to __rmatmul__
     shape: tuple[int, int]
     dtype: np.dtype
 
@@ -33,6 +35,23 @@ class Stored:
     def T(self) -> Transposed:
         """The right operand of a product."""
         return Transposed(self)
+
+    def __rmatmul__(self, y_MO: np.ndarray) -> np.ndarray:
+        """Multiply by the weight itself, y_MO @ w, chunk by chunk: the backward pass does."""
+        x_MI = np.zeros((len(y_MO), self.shape[1]), y_MO.dtype)
+        for start, wide in self.chunks(y_MO.dtype):
+            x_MI += y_MO[:, start : start + len(wide)] @ wide
+        return x_MI
+
+    def chunks(self, dtype: np.dtype) -> Iterator[tuple[int, np.ndarray]]:
+        """The first row of each chunk, and the chunk widened to `dtype`, good until the next."""
+        n_out, n_in = self.shape
+        step = max(1, CHUNK // n_in)
+        scratch = np.empty((min(step, n_out), n_in), dtype)
+        for start in range(0, n_out, step):
+            wide = scratch[: min(step, n_out - start)]
+            self.widen(start, start + len(wide), wide)
+            yield start, wide
 
     def widen(self, start: int, stop: int, out: np.ndarray) -> None:
         """Fill `out`, contiguous, with rows start to stop."""
@@ -61,13 +80,7 @@ class Transposed:
         Chunks have the same rows, and the same layout, however w holds them: so equal weights
         give equal bits.
         """
-        n_out, n_in = self.w.shape
-        step = max(1, CHUNK // n_in)
-        scratch = np.empty((min(step, n_out), n_in), dtype=x_MD.dtype)
-        y_MO = np.empty((len(x_MD), n_out), dtype=x_MD.dtype)
-        for start in range(0, n_out, step):
-            stop = min(start + step, n_out)
-            wide = scratch[: stop - start]
-            self.w.widen(start, stop, wide)
-            y_MO[:, start:stop] = x_MD @ wide.T
+        y_MO = np.empty((len(x_MD), self.w.shape[0]), x_MD.dtype)
+        for start, wide in self.w.chunks(x_MD.dtype):
+            y_MO[:, start : start + len(wide)] = x_MD @ wide.T
         return y_MO

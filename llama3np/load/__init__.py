@@ -5,9 +5,10 @@
 | huggingface.py | a directory with config.json and safetensors, over safetensors.py           |
 | gguf.py        | .gguf files, over kernels/ggml.py for its blocks                            |
 | llama2c.py     | .bin files of llama2.c                                                      |
+| adapters.py    | low-rank adapters in the layout of PEFT                                     |
 | inspection.py  | what a checkpoint is, of any format, without reading its weights            |
 | meta.py        | a directory with params.json and consolidated.NN.pth, over pth.py           |
-| convert.py      | one format into another, over opened.py, carry.py and quantize.py           |
+| convert.py      | one format into another, over opened.py, carry.py, quantize.py, adapters.py |
 | names.py       | the one table of tensor names, and the order of the rows of wq and wk       |
 """
 

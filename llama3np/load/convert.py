@@ -23,7 +23,7 @@ from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.kernels import Blocks
 from llama3np.kernels.ggml import FORMATS
-from llama3np.load import carry, names, quantize
+from llama3np.load import adapters, carry, names, quantize
 from llama3np.load.checkpoint import DTYPES
 from llama3np.load.files import new_directory, refuse_existing
 from llama3np.load.gguf import save_gguf
@@ -60,12 +60,16 @@ def convert(
     model_parallel: int | None = None,
     progress: Progress | None = None,
     rope_factor: float | None = None,
+    adapter: str | Path | None = None,
 ) -> list[str]:
     """Write the model at `source` to `out`; return a sentence for each thing that is left out.
 
     to: "hf", "meta" or "gguf"; if None, by the name of `out`: GGUF if it ends in .gguf, else "hf".
     dtype: "f32", "f16", "bf16" or, for GGUF, "q8_0". shard_bytes: of each file, for Hugging Face;
     model_parallel: the number of files, for Meta. rope_factor: as in load_checkpoint.
+    adapter: a directory of low-rank adapters in PEFT's layout, which are merged into the weights:
+    W + scale B A in float32, then in W's dtype, or that which is asked for; what was in GGUF's
+    blocks is float32.
     progress(done_bytes, total_bytes, tensor_name) is told of what is written. `out` appears whole
     or not at all. Raises InputError for what load_checkpoint refuses, for a model or numbers that
     the target cannot hold, for options that do not fit it, and if there is something at `out`.
@@ -74,7 +78,10 @@ def convert(
     order = _order(out, to, dtype, shard_bytes, model_parallel)
     if order.to == "gguf" or not out.is_dir() or any(out.iterdir()):
         refuse_existing(out)
-    notes = _write(open_checkpoint(source, rope_factor), out, order, progress)
+    opened = open_checkpoint(source, rope_factor)
+    if adapter is not None:
+        opened = opened._replace(tensors=_merged(opened, Path(adapter)))
+    notes = _write(opened, out, order, progress)
     from llama3np.load import inspect  # which imports this package's modules itself
 
     return notes + carry.lost(inspect(source, rope_factor), inspect(out))
@@ -129,6 +136,14 @@ def _tensors(opened: Opened, order: Order) -> tuple[Config, dict[str, Any]]:
             plain = _in_order(name, decoded(w), opened.config, config)
             tensors[name] = _stored_as(plain, name, order)
     return config, tensors
+
+
+def _merged(opened: Opened, adapter: Path) -> dict[str, Any]:
+    """The tensors with adapters added, in the dtype they had."""
+    found = adapters.merged(opened.tensors, adapters.read(adapter, opened.config))
+    changed = ((n, w) for n, w in opened.tensors.items() if found[n] is not w)
+    casts = {n: _cast(found[n], w.dtype, n) for n, w in changed if not isinstance(w, Blocks)}
+    return found | casts
 
 
 def _in_order(name: str, w: Any, found: Config, wanted: Config) -> Any:

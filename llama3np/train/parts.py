@@ -18,7 +18,7 @@ from llama3np.config import Config
 from llama3np.threads import Pool, single_threaded_blas
 from llama3np.train import backward, tiles
 from llama3np.train.flat import Flat
-from llama3np.train.gradients import Sums
+from llama3np.train.trained import Trained, Whole
 
 PART = 512  # tokens: what is kept of them fits the caches; 1024 took a third more time (new memory)
 
@@ -36,22 +36,31 @@ class Batch(NamedTuple):
 
 
 class BatchGradient:
-    """gradient(params, batch) -> (loss, d_params)."""
+    """gradient(params, batch) -> (loss, d_params), of what is `trained`: all weights if None."""
 
-    def __init__(self, config: Config, threads: int = 1, recompute: bool = False, part: int = PART):
+    def __init__(
+        self,
+        config: Config,
+        threads: int = 1,
+        recompute: bool = False,
+        part: int = PART,
+        trained: Trained | None = None,
+    ):
         self.config, self.recompute, self.part = config, recompute, part
+        self.trained = trained or Whole(config)
         self.pool = Pool(threads)
 
     def __call__(self, params: Flat, batch: Batch) -> tuple[float, Flat]:
         """The loss, and its gradient as a new Flat."""
-        tree, total = params.params(self.config), _InOrder(params.like())
+        tree, total = self.trained.params(params), _InOrder(params.like())
         rows = max(1, self.part // batch.ids_BT.shape[1])
 
         def task(i: int, _: int) -> None:
             part = Batch(*(array[i * rows : (i + 1) * rows] for array in batch))
             grad = params.like()
+            into = self.trained.sums(params, grad)
             loss = backward.loss_and_gradients(
-                tree, self.config, *part, Sums(grad), OPS, BACK, self.recompute
+                tree, self.config, *part, into, OPS, BACK, self.recompute
             )
             total.add(i, loss, grad)
 

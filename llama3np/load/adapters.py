@@ -1,0 +1,178 @@
+"""Low-rank adapters in the layout of PEFT: adapter_config.json and adapter_model.safetensors.
+
+Names and meaning as of PEFT 0.21: a linear layer M has `base_model.model.M.lora_A.weight` (R, I)
+and `base_model.model.M.lora_B.weight` (O, R), which add alpha / R B A to its weight, or
+alpha / sqrt(R) B A with use_rslora (Kalajdzievski 2023). Rows stand in Hugging Face's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isfinite, sqrt
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llama3np.config import Config
+from llama3np.errors import CheckpointError
+from llama3np.kernels.adapted import Adapted
+from llama3np.load import names, safetensors
+from llama3np.load.files import read_json
+from llama3np.params import named_shapes
+
+SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+# Settings that change nothing of what stored adapters add to a model. Any other, known or not, is
+# refused unless it is off.
+_FREE = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"}
+_FREE |= {"revision", "inference_mode", "r", "lora_alpha", "use_rslora", "lora_dropout"}
+_FREE |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+_FREE |= {"init_lora_weights", "megatron_core", "qalora_group_size", "eva_config"}
+_OFF: tuple[Any, ...] = (None, False, "none", {}, [])
+# First adapters that leave the frozen weights as they are. Others (pissa, olora, ...) change them.
+_INITIAL = (None, True, False, "gaussian", "orthogonal", "eva")
+
+
+class Adapters(NamedTuple):
+    """What is added to matrices: scale B A."""
+
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]]  # our name -> A (R, I), B (O, R), float32
+    scale: float
+
+
+def matrices(config: Config) -> dict[str, tuple[int, ...]]:
+    """Name -> shape (O, I) of each matrix that may have an adapter: seven in every block."""
+    shapes = named_shapes(config)
+    return {name: w for name, w in shapes.items() if name.startswith("layers.") and len(w) == 2}
+
+
+def module(ours: str) -> str:
+    """PEFT's name of a matrix's module: "layers.0.wq" is "model.layers.0.self_attn.q_proj"."""
+    return names.foreign(ours, "huggingface").removesuffix(".weight")
+
+
+def _reordered(b_OR: Any, name: str, config: Config, reorder: names.Reorder) -> Any:
+    """B of wq or wk with its rows, which are W's, from config's order to the other, or back."""
+    n_heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.rpartition(".")[2])
+    if n_heads is None or config.rope_pairing == "half":
+        return b_OR
+    return reorder(b_OR, n_heads)
+
+
+# ---- writing -----------------------------------------------------------------------------------
+
+
+def settings(rank: int, scale: float, base: str, config: Config) -> dict[str, Any]:
+    """What adapter_config.json says of adapters of all matrices; base: the frozen model's path."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "lora_dropout": 0.0,
+        "target_modules": sorted({module(name).rpartition(".")[2] for name in matrices(config)}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def tensors(adapters: Adapters, config: Config) -> dict[str, Any]:
+    """The tensors of adapter_model.safetensors, of adapters in the order of config."""
+    found = {}
+    for name, (a_RI, b_OR) in adapters.pairs.items():
+        stem = _PREFIX + module(name)
+        found[f"{stem}.lora_A.weight"] = a_RI
+        found[f"{stem}.lora_B.weight"] = _reordered(b_OR, name, config, names.to_half)
+    return found
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+def read(directory: Path, config: Config) -> Adapters:
+    """The adapters in a directory, for a model of `config` and in the order of its rows.
+
+    Raises CheckpointError, naming file and key or tensor, for whatever is not plain low-rank
+    adapters of the seven matrices of blocks: other kinds (DoRA, ...), biases, ranks by module.
+    """
+    path, weights = directory / SETTINGS, directory / WEIGHTS
+    rank, scale = _rank_and_scale(read_json(path), path)
+    if not weights.exists():
+        raise CheckpointError(f"{directory}: expected {WEIGHTS}, found none")
+    stored = safetensors.read(weights)
+    pairs = {}
+    for name, (n_out, n_in) in matrices(config).items():
+        stem = _PREFIX + module(name)
+        shapes = {f"{stem}.lora_A.weight": (rank, n_in), f"{stem}.lora_B.weight": (n_out, rank)}
+        if not any(key in stored for key in shapes):
+            continue
+        a_RI, b_OR = (
+            _taken(stored, key, shape, weights).astype(np.float32) for key, shape in shapes.items()
+        )
+        pairs[name] = a_RI, _reordered(b_OR, name, config, names.to_interleaved)
+    _refuse_rest(stored, weights)
+    if not pairs:
+        raise CheckpointError(f"{weights}: expected adapters, found no tensor")
+    return Adapters(pairs, scale)
+
+
+def _rank_and_scale(told: Mapping[str, Any], path: Path) -> tuple[int, float]:
+    """R, and what B A is multiplied by, once nothing else is asked for."""
+    if told.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path}: peft_type: expected LORA, found {told.get('peft_type')!r}")
+    for key, value in told.items():
+        if key not in _FREE and value not in _OFF:
+            raise CheckpointError(f"{path}: {key}: expected none, found {short(value)}")
+    initial = told.get("init_lora_weights")
+    if initial not in _INITIAL:
+        raise CheckpointError(
+            f"{path}: init_lora_weights: expected adapters of an unchanged model, found "
+            f"{initial!r}, which changes it (PEFT converts them when it saves)"
+        )
+    rank: Any = told.get("r")
+    alpha: Any = told.get("lora_alpha")
+    if type(rank) is not int or rank < 1:
+        raise CheckpointError(f"{path}: r: expected a whole number from 1 on, found {short(rank)}")
+    if type(alpha) not in (int, float) or not isfinite(alpha):
+        raise CheckpointError(f"{path}: lora_alpha: expected a number, found {short(alpha)}")
+    return rank, alpha / (sqrt(rank) if told.get("use_rslora") else rank)
+
+
+def _taken(stored: dict[str, Any], key: str, shape: tuple[int, int], path: Path) -> np.ndarray:
+    """Take a tensor out of those that are left."""
+    if key not in stored:
+        raise CheckpointError(f"{path}: tensor {key!r} is missing, its partner is there")
+    found: np.ndarray = stored.pop(key)
+    if found.shape != shape:
+        raise CheckpointError(
+            f"{path}: tensor {key!r}: expected shape {shape}, found {found.shape}"
+        )
+    return found
+
+
+def _refuse_rest(stored: Mapping[str, Any], path: Path) -> None:
+    if stored:
+        known = sorted(row.huggingface.rpartition(".")[2] for row in names.OF_LAYER)
+        modules = ", ".join(name for name in known if name.endswith("_proj"))
+        raise CheckpointError(
+            f"{path}: tensor {min(stored)!r}: expected lora_A and lora_B of {modules} in this "
+            "model's blocks, found another"
+        )
+
+
+# ---- merging -----------------------------------------------------------------------------------
+
+
+def merged(weights: Mapping[str, Any], adapters: Adapters) -> dict[str, Any]:
+    """The tensors with scale B A added, in float32, a few rows at a time as they are asked for."""
+    found = dict(weights)
+    for name, (a_RI, b_OR) in adapters.pairs.items():
+        found[name] = Adapted(weights[name], a_RI, b_OR, adapters.scale)
+    return found
