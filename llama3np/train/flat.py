@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from llama3np.backend import namespace
 from llama3np.config import Config
 from llama3np.params import Params, from_named
 
@@ -53,7 +54,7 @@ class Flat:
 
     def like(self) -> Flat:
         """Zeros of the same shapes, dtype and device."""
-        return Flat(self.vector * 0, self.shapes)
+        return Flat(namespace(self.vector).zeros_like(self.vector), self.shapes)
 
     def params(self, config: Config) -> Params:
         """The model whose tensors these are, views as well. Raises KeyError for a missing one."""

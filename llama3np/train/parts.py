@@ -1,0 +1,78 @@
+"""The gradient of a batch, from its parts.
+
+A part is a few rows: its activations stay in a core's cache, where whole batches would go through
+memory, and each core has parts of its own. What comes out does not depend on how many cores there
+are: parts are of one size, and are added up in their order.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llama3np import model
+from llama3np.config import Config
+from llama3np.threads import Pool, single_threaded_blas
+from llama3np.train import backward, tiles
+from llama3np.train.flat import Flat
+from llama3np.train.gradients import Sums
+
+PART = 512  # tokens: what is kept of them fits the caches; 1024 took a third more time (new memory)
+
+
+OPS = model.PLAIN._replace(attention=tiles.attention)
+BACK = backward.PLAIN._replace(attention=tiles.backward)
+
+
+class Batch(NamedTuple):
+    """Rows of tokens, what follows each, and what that counts in the loss."""
+
+    ids_BT: Any  # int64
+    targets_BT: Any  # int64
+    weights_BT: Any  # float32, summing to 1 over a batch
+
+
+class BatchGradient:
+    """gradient(params, batch) -> (loss, d_params)."""
+
+    def __init__(self, config: Config, threads: int = 1, recompute: bool = False, part: int = PART):
+        self.config, self.recompute, self.part = config, recompute, part
+        self.pool = Pool(threads)
+
+    def __call__(self, params: Flat, batch: Batch) -> tuple[float, Flat]:
+        """The loss, and its gradient as a new Flat."""
+        tree, total = params.params(self.config), _InOrder(params.like())
+        rows = max(1, self.part // batch.ids_BT.shape[1])
+
+        def task(i: int, _: int) -> None:
+            part = Batch(*(array[i * rows : (i + 1) * rows] for array in batch))
+            grad = params.like()
+            loss = backward.loss_and_gradients(
+                tree, self.config, *part, Sums(grad), OPS, BACK, self.recompute
+            )
+            total.add(i, loss, grad)
+
+        with single_threaded_blas():
+            self.pool.map(task, -(-len(batch.ids_BT) // rows))
+        return total.loss, total.grad
+
+
+class _InOrder:
+    """A sum whose terms are added in their order, whichever comes first."""
+
+    def __init__(self, zero: Flat):
+        self.loss, self.grad = 0.0, zero
+        self._lock, self._next = threading.Lock(), 0
+        self._waiting: dict[int, tuple[float, Flat]] = {}
+
+    def add(self, i: int, loss: float, grad: Flat) -> None:
+        with self._lock:
+            self._waiting[i] = loss, grad
+            while self._next in self._waiting:
+                loss, grad = self._waiting.pop(self._next)
+                self.loss += loss
+                self.grad.vector += grad.vector
+                self._next += 1
