@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -67,7 +68,7 @@ def save(path: Path, run: Run, state: State) -> None:
     Raises InputError if it cannot be written, and for parameters that are no numbers any more; the
     old one is kept.
     """
-    if not bool(state.params.vector.sum(dtype=np.float64) < np.inf):
+    if not isfinite(float(state.params.vector.sum(dtype=np.float64))):
         raise InputError(f"{path}: not written: the parameters are not finite at step {state.step}")
     tensors = {
         f"{kind}.{name}": to_host(w)
@@ -97,8 +98,9 @@ def load(path: Path, device: Device) -> tuple[Run, State]:
         raise CheckpointError(
             f"{path}: expected a checkpoint of this version's llama3np train, found none ({error})"
         ) from None
-    flats = {kind: _flat(arrays, kind, named_shapes(run.config), path, device) for kind in _FLATS}
-    return run, State(**flats, **numbers)
+    shapes = named_shapes(run.config)
+    flats = (_flat(arrays, kind, shapes, path, device) for kind in _FLATS)
+    return run, State(*flats, **numbers)
 
 
 def _run(told: dict[str, Any]) -> Run:

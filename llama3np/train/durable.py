@@ -38,7 +38,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             with open_new(temporary) as file:
                 write(file)
                 sync(file)
-            os.replace(temporary, path)
+            temporary.replace(path)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink()

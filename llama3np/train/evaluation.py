@@ -14,7 +14,7 @@ from llama3np.llm import Llama
 from llama3np.params import Params, mapped
 from llama3np.threads import Pool, single_threaded_blas
 from llama3np.train.backward import NoCache
-from llama3np.train.parts import Batch
+from llama3np.train.parts import OPS, Batch
 
 SAMPLE_TOKENS = 64
 SAMPLE_TEMPERATURE = 0.8  # as the written generation_config.json has it
@@ -50,8 +50,9 @@ def _groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
 def summed_loss(params: Params, config: Config, batch: Batch) -> float:
     """The weighted sum of -ln p over the targets of a batch; added up in float64."""
     xp = namespace(params.norm_D)
+    dtype = params.norm_D.dtype
     logits_BTV, _ = model.forward(
-        params, config, batch.ids_BT, NoCache(xp), dtype=params.norm_D.dtype, last_only=False
+        params, config, batch.ids_BT, NoCache(xp), dtype=dtype, ops=OPS, last_only=False
     )
     shifted_BTV = logits_BTV - logits_BTV.max(axis=-1, keepdims=True)
     targets_BT1 = xp.asarray(batch.targets_BT)[..., None]

@@ -32,7 +32,7 @@ class AdamW(NamedTuple):
     decay: float
 
     def update(self, w: Flat, grad: Flat, first: Flat, second: Flat, rate: float, t: int) -> None:
-        """Change w, first (m) and second (v) in place, all of one dtype; t counts updates from 1."""
+        """Change w, first (m) and second (v) in place, all of one dtype; t is 1 the first time."""
         straight = rate / (1 - self.beta1**t)
         scale = 1 / sqrt(1 - self.beta2**t)
         for part in parts(w.vector, 0, w.matrices):

@@ -43,12 +43,13 @@ class Settings:
 
     def __post_init__(self):
         positive = ("context", "rows", "steps", "accumulate", "eval_every", "checkpoint_every")
-        for name in positive + ("warmup", "seed"):
+        for name in (*positive, "warmup", "seed"):
             value, least = getattr(self, name), int(name in positive)
             if not isinstance(value, Integral) or value < least:
                 raise InputError(f"{name}: expected a whole number from {least} on, found {value}")
-        if not 0 < self.learning_rate < inf:
-            raise InputError(f"learning_rate: expected a number above 0, found {self.learning_rate}")
+        rate = self.learning_rate
+        if not 0 < rate < inf:
+            raise InputError(f"learning_rate: expected a number above 0, found {rate}")
 
     @property
     def batch_rows(self) -> int:
