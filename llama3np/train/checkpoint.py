@@ -93,14 +93,14 @@ def load(path: Path, device: Device) -> tuple[Run, State]:
     told = parse_json(annotations.get(_ANNOTATION, "{}").encode(), f"{path}: {_ANNOTATION}")
     try:
         run = _run(told["run"])
-        numbers = {name: told[name] for name in _NUMBERS}
+        numbers: dict[str, Any] = {name: told[name] for name in _NUMBERS}
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path}: expected a checkpoint of this version's llama3np train, found none ({error})"
         ) from None
     shapes = named_shapes(run.config)
-    flats = (_flat(arrays, kind, shapes, path, device) for kind in _FLATS)
-    return run, State(*flats, **numbers)
+    params, first, second = (_flat(arrays, kind, shapes, path, device) for kind in _FLATS)
+    return run, State(params, first, second, **numbers)
 
 
 def _run(told: dict[str, Any]) -> Run:

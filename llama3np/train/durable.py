@@ -51,6 +51,11 @@ def open_new(path: Path) -> BinaryIO:
     return path.open("wb")
 
 
+def open_end(path: Path) -> BinaryIO:
+    """A file to which is added."""
+    return path.open("ab")
+
+
 def sync(file: BinaryIO) -> None:
     """Return when all that was written to a file is on the disk."""
     file.flush()

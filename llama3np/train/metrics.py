@@ -28,7 +28,7 @@ class Metrics:
         """
         self.path = path
         with durable.told(path):
-            self._file = path.open("ab")
+            self._file = durable.open_end(path)
             found = path.stat().st_size
             if found < length:
                 self._file.close()
