@@ -1,0 +1,1 @@
+"""Training in plain array operations: text to tokens, gradients, the optimizer and the loop."""
