@@ -291,7 +291,7 @@ def test_settings_out_of_range_are_named():
 
 
 def test_a_beginning_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(InputError, match="expected .* tokens or more"):
+    with pytest.raises(InputError, match=r"expected .* tokens or more"):
         trainings.begin(tmp_path, text="too short")
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
