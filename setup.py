@@ -13,6 +13,11 @@ FAST = [
 
 EXPLAIN = ["matplotlib>=3.8"]  # plots
 
+TRAIN = [
+    "matplotlib>=3.8",  # the loss curve
+    "tokenizers>=0.20",  # learns a vocabulary's pairs (--tokenizer bpe:N)
+]
+
 TEST = [
     "hypothesis>=6.100",
     "mypy>=1.11",
@@ -22,9 +27,9 @@ TEST = [
     *EXPLAIN,
     *FAST,
     *LLAMA2,
+    *TRAIN,
     "gguf>=0.17",  # an independent reader of GGUF files and their blocks
     "safetensors>=0.4",  # an independent reader and writer of its files
-    "tokenizers>=0.20",  # an independent reader of tokenizer.json
 ]
 
 # What tests of the CUDA path need where there is no GPU: CuPy, in a version whose C functions
@@ -45,6 +50,7 @@ EXTRAS = {
     "mpi": ["mpi4py>=4"],
     "serve": ["starlette>=0.40", "uvicorn>=0.30"],
     "explain": EXPLAIN,
+    "train": TRAIN,
     "test": TEST,
     "test-cuda": TEST_CUDA,
 }

@@ -29,6 +29,7 @@ COMMANDS = {
     "compare": "find the first operation in which another implementation's trace goes wrong",
     "diagnose": "say which mistake explains another implementation's trace",
     "score": "perplexity of a text, and how far from another model's predictions",
+    "train": "train a new model on texts, or fine-tune one; Ctrl-C, then --resume goes on",
     "convert": "write a checkpoint in another format: Hugging Face, Meta, GGUF",
     "verify": "compare a checkpoint with what is publicly known of its model",
     "selftest": "check this installation on this processor or GPU, and write a report",

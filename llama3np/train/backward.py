@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
+
 from llama3np import model
 from llama3np.backend import namespace
 from llama3np.cache import Window
@@ -78,7 +80,7 @@ def rope(d_y_BTNH: Any, cos_BTP: Any, sin_BTP: Any, pairing: str) -> Any:
 def attention(
     d_attn_BTNH: Any, q_BTNH: Any, k_BKSH: Any, v_BKSH: Any, seen: Seen
 ) -> tuple[Any, Any, Any]:
-    """d_q_BTNH, d_k_BKSH, d_v_BKSH of attn = probs v, probs = softmax(scores), scores = q k^T / sqrt(H).
+    """d_q, d_k and d_v of attn = probs v, probs = softmax(scores), scores = q k^T / sqrt(H).
 
     seen has what the forward showed: probs_BNTS. By the product rule, and for the softmax
     dp_j/ds_i = p_i ((i = j) - p_j):
@@ -133,13 +135,13 @@ PLAIN = BackwardOps(rms_norm, linear, rope, attention, swiglu)
 
 
 class Gradients(Protocol):
-    """Where gradients of weights go, added to what is there. It may leave out what is not learned."""
+    """Where gradients of weights are added up. It may leave out what is not learned."""
 
     def product(self, name: str, d_y_MO: Any, x_MI: Any) -> None:
         """Of a matrix W in y = W x: d_y^T @ x, shape (O, I)."""
 
     def rows(self, name: str, ids_M: Any, d_y_MD: Any) -> None:
-        """Of a table whose rows ids_M were taken: each gets the sum of d_y where it was taken."""
+        """Of a table whose rows ids_M were taken: to each, all d_y of where it was taken."""
 
     def vector(self, name: str, d_w_D: Any) -> None:
         """Of the weight of a norm."""
@@ -157,9 +159,10 @@ class NoCache:
     def window(self, shape_BT: tuple[int, int], new_B: Any = None) -> Window:
         """Positions 0 .. T-1 in every row."""
         positions_BT = self.xp.broadcast_to(self.xp.arange(shape_BT[1]), shape_BT)
-        return Window(positions_BT, None, None, None, None, None, shape_BT[1])
+        B, T = shape_BT
+        return Window(positions_BT, None, None, None, None, np.full(B, T), size=T)
 
-    def write(self, layer: int, window: Window, k_BTKH: Any, v_BTKH: Any) -> tuple[Any, Any]:
+    def write(self, layer: int, window: Any, k_BTKH: Any, v_BTKH: Any) -> tuple[Any, Any]:
         """Views k_BKSH and v_BKSH of what this call computed."""
         return k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
 
@@ -167,8 +170,9 @@ class NoCache:
         """Nothing is kept."""
 
 
-# What block needs of a forward pass. An attention that keeps less shows lse in place of probs.
-_KEPT = {*"attn_norm q_rope k_rope v probs powers attn h_mid mlp_norm gate up act".split()}
+# What block needs of a forward pass. tiles.attention shows powers in place of probs.
+_KEPT = {"attn_norm", "q_rope", "k_rope", "v", "probs", "powers", "attn", "h_mid"}
+_KEPT |= {"mlp_norm", "gate", "up", "act"}
 
 
 class Taps:
@@ -250,7 +254,7 @@ def feed_forward(
 def _linear(
     layer: Layer, back: BackwardOps, into: Gradients, prefix: str, name: str, d_y: Any, x: Any
 ) -> Any:
-    """d_x of y = W x for a matrix of a layer, whose own gradient goes `into`. Heads may be apart."""
+    """d_x of y = W x, W a matrix of a layer; its own gradient goes `into`. Heads may be apart."""
     (B, T), w = d_y.shape[:2], getattr(layer, name)
     d_y_MO, x_MI = d_y.reshape(B * T, -1), x.reshape(B * T, -1)
     into.product(prefix + name, d_y_MO, x_MI)
@@ -271,11 +275,11 @@ class Turns:
         self._tables = cos_BTP, sin_BTP
 
     def there(self, ops: model.Ops, x_BTNH: Any) -> Any:
-        """q to q_rope, as model.forward does."""
+        """Turn q into q_rope, as model.forward does."""
         return ops.rope(x_BTNH, *self._tables, self.pairing)
 
     def back(self, back: BackwardOps, d_y_BTNH: Any) -> Any:
-        """d_q_rope to d_q.
+        """Turn d_q_rope into d_q.
 
         Taps show heads in interleaved order, so that is how d_q_rope comes; where rows of wq are in
         the other one, d_q is put into it.
@@ -335,8 +339,6 @@ def loss_and_gradients(
     for i in reversed(range(config.n_layers)):
         layer, h_BTD = params.layers[i], taps.h.pop()
         seen = again(layer, h_BTD, turns, config, ops) if recompute else taps.blocks.pop()
-        d_h_BTD = block(
-            layer, d_h_BTD, h_BTD, seen, turns, config, back, into, f"layers.{i}."
-        )
+        d_h_BTD = block(layer, d_h_BTD, h_BTD, seen, turns, config, back, into, f"layers.{i}.")
     into.rows("embed_VD", cache.xp.asarray(ids_BT).reshape(-1), _matrix(d_h_BTD))
     return loss

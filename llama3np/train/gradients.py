@@ -19,7 +19,7 @@ class Sums:
         self.flat.tensors[name] += d_y_MO.T @ x_MI
 
     def rows(self, name: str, ids_M: Any, d_y_MD: Any) -> None:
-        """Of a table whose rows ids_M were taken: each gets the sum of d_y where it was taken."""
+        """Of a table whose rows ids_M were taken: to each, all d_y of where it was taken."""
         namespace(d_y_MD).add.at(self.flat.tensors[name], ids_M, d_y_MD)
 
     def vector(self, name: str, d_w_D: Any) -> None:

@@ -8,10 +8,7 @@ are: parts are of one size, and are added up in their order.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from llama3np import model
 from llama3np.config import Config

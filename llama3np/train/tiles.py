@@ -1,4 +1,4 @@
-"""Attention for training, of whole texts: the same numbers as the plain operations, in fewer passes.
+"""Attention for training: the numbers of the plain operations, in fewer passes over them.
 
 Queries go in stripes of TILE positions. A stripe has scores with the keys up to its own end alone,
 so nearly half of all is never computed; and only its last TILE columns need a mask. Between two
@@ -80,7 +80,7 @@ def backward(
 
 
 def _grouped(x_BTNH: Any, K: int) -> Any:
-    """Queries by the key/value head they share: a view (B, K, G, T, H)."""
+    """Queries by the key/value head that they share, (B, K, G, T, H)."""
     B, T, N, H = x_BTNH.shape
     return x_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
 
