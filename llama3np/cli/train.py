@@ -23,6 +23,7 @@ TAKES_MODEL = False
 SETTINGS: dict[str, tuple[str, Any, str]] = {
     "--max-steps": ("steps", int, "steps in all; the schedule of the learning rate ends there"),
     "--seed": ("seed", int, "of the first weights and the order of the data: 0"),
+    "--lora": ("lora", int, "rank of low-rank adapters of --init, in place of all its weights"),
     "--learning-rate": ("learning_rate", float, "at its peak"),
     "--rows": ("rows", int, "windows of text in a batch"),
     "--accumulate": ("accumulate", int, "batches that make a step: 1"),

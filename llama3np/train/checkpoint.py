@@ -1,7 +1,8 @@
 """A training that can be gone on with: one safetensors file, replaced as a whole.
 
 Tensors `params.NAME`, `first.NAME` and `second.NAME` (the moments of AdamW), float32, by the names
-of params.named_shapes; everything else is JSON under the annotation `llama3np.train`.
+of params.named_shapes, or of lora.shapes if adapters are trained; everything else is JSON under
+the annotation `llama3np.train`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from llama3np.load import safetensors
 from llama3np.load.files import parse_json
 from llama3np.load.lazy import write_tensor
 from llama3np.params import named_shapes
-from llama3np.train import durable
+from llama3np.train import durable, lora
 from llama3np.train.flat import Flat, Shapes
 from llama3np.train.settings import Settings
 
@@ -98,7 +99,8 @@ def load(path: Path, device: Device) -> tuple[Run, State]:
         raise CheckpointError(
             f"{path}: expected a checkpoint of this version's llama3np train, found none ({error})"
         ) from None
-    shapes = named_shapes(run.config)
+    rank = run.settings.lora
+    shapes = named_shapes(run.config) if rank is None else lora.shapes(run.config, rank)
     params, first, second = (_flat(arrays, kind, shapes, path, device) for kind in _FLATS)
     return run, State(params, first, second, **numbers)
 

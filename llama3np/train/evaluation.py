@@ -8,10 +8,10 @@ from math import fsum
 from typing import Any
 
 from llama3np import model
-from llama3np.backend import namespace, to_host
+from llama3np.backend import namespace
 from llama3np.config import Config
 from llama3np.llm import Llama
-from llama3np.params import Params, mapped
+from llama3np.params import Params
 from llama3np.threads import Pool, single_threaded_blas
 from llama3np.train.backward import NoCache
 from llama3np.train.parts import OPS, Batch
@@ -64,9 +64,11 @@ def summed_loss(params: Params, config: Config, batch: Batch) -> float:
 def sample(
     params: Params, config: Config, tokenizer: Any, prompt_ids: Sequence[int], seed: int
 ) -> str:
-    """A prompt of tokens and how the model goes on, as text; a function of its arguments."""
-    here = mapped(params, to_host)
-    llm = Llama(config, here, tokenizer, stop_ids=tokenizer.stop_ids, engine="numpy")
+    """A prompt of tokens and how the model goes on, as text; a function of its arguments.
+
+    params: in host memory.
+    """
+    llm = Llama(config, params, tokenizer, stop_ids=tokenizer.stop_ids, engine="numpy")
     new = min(SAMPLE_TOKENS, llm.max_seq_len - len(prompt_ids))
     (done,) = llm.generate([list(prompt_ids)], new, temperature=SAMPLE_TEMPERATURE, seed=seed)
     return tokenizer.decode(prompt_ids) + done.text

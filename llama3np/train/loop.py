@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 from llama3np.backend import Device, namespace, on, use
 from llama3np.errors import InputError
 from llama3np.load.huggingface import tokenizer_of
-from llama3np.train import checkpoint, curve, evaluation, tokens
+from llama3np.train import checkpoint, curve, evaluation, frozen, tokens
 from llama3np.train.checkpoint import Run, State
 from llama3np.train.metrics import Metrics
 from llama3np.train.optimizer import AdamW, clip, learning_rate
 from llama3np.train.parts import PART, Batch, BatchGradient
 from llama3np.train.progress import Progress
-from llama3np.train.result import replace_weights
+from llama3np.train.result import replace_adapters, replace_weights
 from llama3np.train.signals import Signals, Stopped
 from llama3np.train.start import TOKENS
 
@@ -64,7 +64,8 @@ class Training:
     ):
         settings = run.settings
         self.out, self.run, self.state, self.progress = out, run, state, progress
-        self.settings, self.tree = settings, state.params.params(run.config)
+        self.settings, self.trained = settings, frozen.trained(run, device)
+        self.tree = self.trained.params(state.params)
         self.data, self.validation = tokens.open_tokens(out / TOKENS)
         self.tokenizer = tokenizer_of(out)
         # A device runs one part after the other whatever thread asks, and fills up with all rows.
@@ -74,6 +75,7 @@ class Training:
             threads if on_cpu else 1,
             settings.recompute,
             PART if on_cpu else settings.rows * settings.context,
+            self.trained,
         )
         self.adam = AdamW(settings.beta1, settings.beta2, settings.epsilon, settings.decay)
         self.signals = Signals()
@@ -172,10 +174,17 @@ class Training:
         lowest = state.best is None or val_loss < state.best
         if lowest:
             state.best = val_loss
-            replace_weights(self.out, state.params)
+            self.publish()
         self.progress.validated(state.step, val_loss, lowest)
         self.draw()
         self.sample()
+
+    def publish(self) -> None:
+        """Make the weights of now the model in OUT; adapters alone are beside it."""
+        params, rank = self.trained.on_host(self.state.params), self.settings.lora
+        replace_weights(self.out, params)
+        if rank is not None:
+            replace_adapters(self.out, params, self.run.config)
 
     def keep(self) -> None:
         """Write a checkpoint, once what it says of the metrics is on the disk."""
@@ -200,7 +209,11 @@ class Training:
         try:
             with self.signals.pure():
                 text = evaluation.sample(
-                    self.tree, self.run.config, self.tokenizer, prompt, seed=self.state.step
+                    self.trained.on_host(self.state.params),
+                    self.run.config,
+                    self.tokenizer,
+                    prompt,
+                    seed=self.state.step,
                 )
             self.progress.say("\n".join(f"  | {line}" for line in text.splitlines()))
         except Exception as error:

@@ -64,14 +64,9 @@ class Lora:
     time, by each product. frozen: the model on the device, if it is another one.
     """
 
-    def __init__(self, base: Params, config: Config, rank: int, frozen: Params | None = None):
-        self.config, self.rank, self.base = config, rank, stored(base)
+    def __init__(self, base: Params, config: Config, frozen: Params | None = None):
+        self.config, self.base = config, stored(base)
         self.frozen = frozen or self.base
-
-    @property
-    def shapes(self) -> Shapes:
-        """Those of the adapters."""
-        return shapes(self.config, self.rank)
 
     def params(self, flat: Flat) -> Params:
         """The frozen model with the adapters of `flat`."""

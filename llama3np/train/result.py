@@ -1,39 +1,59 @@
-"""OUT as a model: the weights of the lowest validation loss, bf16, in a Hugging Face directory."""
+"""OUT as a model: the weights of the lowest validation loss, bf16, in a Hugging Face directory.
+
+Where adapters are trained, those weights are the merged ones, and OUT/adapter has the adapters
+alone in PEFT's layout. (Not OUT itself: transformers would take it for adapters, and ignore the
+merged weights.)
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
-from llama3np.backend import to_host
-from llama3np.load import names, safetensors
+from llama3np.config import Config
+from llama3np.kernels.adapted import Adapted
+from llama3np.load import adapters, names, safetensors
 from llama3np.load.huggingface import SINGLE
-from llama3np.load.lazy import write_tensor
-from llama3np.params import Params, mapped
+from llama3np.load.lazy import Rows, write_tensor
+from llama3np.params import Params, Weight, mapped, named
 from llama3np.train import durable
-from llama3np.train.flat import Flat
+from llama3np.train.lora import SCALE
 
+ADAPTER = "adapter"
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def rounded(params: Params) -> Params:
-    """The weights in bf16, as they are written."""
-    return mapped(params, lambda w: np.asarray(w).astype(BF16))
+    """The weights in bf16, a few rows at a time as they are written."""
+    return mapped(params, _rounded)
 
 
-def replace_weights(out: Path, params: Flat) -> None:
+def _rounded(w: Weight) -> Any:
+    if w.ndim == 1:
+        return w.astype(BF16)
+    return Rows(tuple(w.shape), BF16, lambda start, stop: w[start:stop].astype(BF16))
+
+
+def replace_weights(out: Path, params: Params) -> None:
     """Put new weights into OUT, in place of the old ones as a whole; config.json fits both.
 
-    Raises InputError if they cannot be written; the old ones are kept.
+    params: in host memory, in any format. Raises InputError if they cannot be written; the old
+    ones are kept.
     """
-    path = out / SINGLE
+    tied = params.head_VD is params.embed_VD
     tensors = {
-        names.foreign(name, "huggingface"): to_host(w).astype(BF16)
-        for name, w in params.tensors.items()
+        names.foreign(name, "huggingface"): w for name, w in named(rounded(params), tied).items()
     }
+    replace_tensors(out / SINGLE, tensors)
+
+
+def replace_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Put a safetensors file in place of another, or of none, as a whole."""
 
     def write(file: BinaryIO) -> None:
         header: Any = safetensors.encoded_header(
@@ -44,3 +64,23 @@ def replace_weights(out: Path, params: Flat) -> None:
             write_tensor(file, name, w)
 
     durable.replace_file(path, write)
+
+
+def begin_adapters(out: Path, params: Params, config: Config, base: str) -> None:
+    """Write OUT/adapter; base: the path of the model that the adapters of params are for."""
+    rank = params.layers[0].wq.a_RI.shape[0]
+    (out / ADAPTER).mkdir()
+    told = json.dumps(adapters.settings(rank, SCALE, base, config), indent=2) + "\n"
+    (out / ADAPTER / adapters.SETTINGS).write_text(told, encoding="utf-8")
+    replace_adapters(out, params, config)
+
+
+def replace_adapters(out: Path, params: Params, config: Config) -> None:
+    """Put the adapters of params, float32, in place of those in OUT/adapter."""
+    pairs = {
+        name: (w.a_RI, w.b_OR)
+        for name, w in named(params, config.tied).items()
+        if isinstance(w, Adapted)
+    }
+    tensors = adapters.tensors(adapters.Adapters(pairs, SCALE), config)
+    replace_tensors(out / ADAPTER / adapters.WEIGHTS, tensors)

@@ -36,6 +36,7 @@ class Settings:
     epsilon: float = 1e-8  # GPT-3, PyTorch's default
     clip: float = 1.0  # the longest gradient: GPT-3, Llama, llama2.c
     accumulate: int = 1  # times `rows` that make a step
+    lora: int | None = None  # R of low-rank adapters; None: all weights are trained
     recompute: bool = False  # activations of a block again in the backward pass: less memory
     seed: int = 0  # of the weights and of the order of the data
     eval_every: int = 250  # steps; nanoGPT's for characters
@@ -47,6 +48,8 @@ class Settings:
             value, least = getattr(self, name), int(name in positive)
             if not isinstance(value, Integral) or value < least:
                 raise InputError(f"{name}: expected a whole number from {least} on, found {value}")
+        if self.lora is not None and self.lora < 1:
+            raise InputError(f"lora: expected a whole number from 1 on, found {self.lora}")
         rate = self.learning_rate
         if not 0 < rate < inf:
             raise InputError(f"learning_rate: expected a number above 0, found {rate}")
@@ -125,6 +128,10 @@ PRESETS = {
 FINE_TUNING = Settings(
     context=512, rows=8, steps=500, learning_rate=1e-4, warmup=20, beta2=0.95, eval_every=50
 )
+
+# Adapters take ten times the rate of all weights (Schulman et al. 2025, "LoRA Without Regret"), and
+# do not decay, as in PEFT's examples: decay is towards the frozen weights.
+ADAPTERS = replace(FINE_TUNING, learning_rate=1e-3, decay=0.0)
 
 
 def changed(settings: Settings, **given: object) -> Settings:

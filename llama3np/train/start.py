@@ -11,21 +11,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.load import carry, load_checkpoint, names, save_hf
 from llama3np.load.files import new_directory
 from llama3np.load.installed import resolve
 from llama3np.load.opened import open_checkpoint
-from llama3np.params import Params, mapped, named
-from llama3np.train import checkpoint, dialogs, durable, tokens, vocabulary
+from llama3np.params import named
+from llama3np.train import checkpoint, dialogs, durable, frozen, lora, tokens, vocabulary
 from llama3np.train.checkpoint import Run, State
 from llama3np.train.evaluation import SAMPLE_TEMPERATURE
 from llama3np.train.flat import Flat
-from llama3np.train.result import rounded
-from llama3np.train.settings import FINE_TUNING, PRESETS, Settings, changed, initial
+from llama3np.train.result import begin_adapters, rounded
+from llama3np.train.settings import ADAPTERS, FINE_TUNING, PRESETS, Settings, changed, initial
 
 TOKENS = "training/tokens"
 # Where there is a preset, there is a new model; else one to begin with.
@@ -94,7 +92,7 @@ def begin(out: Path, order: Order) -> list[str]:
 class _Begun(NamedTuple):
     config: Config
     settings: Settings
-    params: Params  # float32
+    trained: Flat  # weights or adapters, float32
     tokenizer: Any
     notes: list[str]
 
@@ -104,15 +102,19 @@ def _keep(out: Path, begun: _Begun, order: Order) -> None:
     files = sorted(path for path in (out / TOKENS).iterdir())
     files += [path for path in sorted(out.iterdir()) if path.name.startswith("tokenizer")]
     digests = checkpoint.digests(out, [path.relative_to(out).as_posix() for path in files])
-    run = Run(begun.config, begun.settings, order.origin(), digests)
-    state = State.start(Flat.of(named(begun.params, begun.config.tied)))
-    checkpoint.save(out / checkpoint.FILE, run, state)
+    origin = order.origin()
+    if begun.settings.lora is not None:
+        origin["base"] = frozen.identity(resolve(str(order.init)))
+    run = Run(begun.config, begun.settings, origin, digests)
+    checkpoint.save(out / checkpoint.FILE, run, State.start(begun.trained))
 
 
 # ---- a new model -------------------------------------------------------------------------------
 
 
 def _new(out: Path, order: Order) -> _Begun:
+    if "lora" in order.given:
+        raise InputError("--lora: expected --init MODEL, for adapters of its weights, found none")
     preset = PRESETS[order.preset or DEFAULT_PRESET]
     settings = changed(preset.settings, **order.given)
     texts = dialogs.contents(order.text) if order.chat else order.text
@@ -130,31 +132,37 @@ def _new(out: Path, order: Order) -> _Begun:
     }
     path = out / "generation_config.json"
     path.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-    return _Begun(config, settings, params, tokenizer, [])
+    return _Begun(config, settings, Flat.of(named(params, config.tied)), tokenizer, [])
 
 
 # ---- a given one -------------------------------------------------------------------------------
 
 
 def _given(out: Path, order: Order) -> _Begun:
-    """Full weights, in float32 and Hugging Face's order; config and tokenizer are kept."""
+    """Full weights, or adapters of them, in Hugging Face's order; config and tokenizer are kept."""
     path = resolve(str(order.init))
     loaded = load_checkpoint(path)
     if loaded.tokenizer is None:
         raise InputError(f"--init: {path}: has no tokenizer, which a text needs")
     config, ordered = names.with_pairing(loaded.config, loaded.params, "half")
     settings = _fine_tuning(config, order)
-    params = mapped(ordered, lambda w: np.asarray(w[:]).astype(np.float32))
-    save_hf(out, config, rounded(params))
+    save_hf(out, config, rounded(ordered))
+    if settings.lora is None:
+        first = Flat.of(named(ordered, config.tied))
+    else:
+        first = lora.initial(config, settings.lora, settings.seed)
+        params = lora.Lora(ordered, config).on_host(first)
+        begin_adapters(out, params, config, str(path.resolve()))
     notes = carry.hf_files(open_checkpoint(path), out)
-    return _Begun(config, settings, params, loaded.tokenizer, notes)
+    return _Begun(config, settings, first, loaded.tokenizer, notes)
 
 
 def _fine_tuning(config: Config, order: Order) -> Settings:
-    context = order.given.get("context") or min(FINE_TUNING.context, config.context_length)
+    usual = FINE_TUNING if order.given.get("lora") is None else ADAPTERS
+    context = order.given.get("context") or min(usual.context, config.context_length)
     if context > config.context_length:
         raise InputError(
             f"--context: expected at most the {config.context_length} positions that {order.init} "
             f"was trained for, found {context}"
         )
-    return changed(FINE_TUNING, **{**order.given, "context": context})
+    return changed(usual, **{**order.given, "context": context})

@@ -6,18 +6,14 @@ from typing import Any, NamedTuple, Protocol
 
 from llama3np.backend import to_host
 from llama3np.config import Config
-from llama3np.params import Params, mapped, named_shapes
+from llama3np.params import Params, mapped
 from llama3np.train.backward import Gradients
-from llama3np.train.flat import Flat, Shapes
+from llama3np.train.flat import Flat
 from llama3np.train.gradients import Sums
 
 
 class Trained(Protocol):
     """How the numbers that the optimizer changes, and their gradients, belong to a model."""
-
-    @property
-    def shapes(self) -> Shapes:
-        """Name -> shape of what is trained."""
 
     def params(self, flat: Flat) -> Params:
         """The model of these numbers, where they lie; it changes with them."""
@@ -33,11 +29,6 @@ class Whole(NamedTuple):
     """All weights are trained."""
 
     config: Config
-
-    @property
-    def shapes(self) -> Shapes:
-        """Those of params.named_shapes."""
-        return named_shapes(self.config)
 
     def params(self, flat: Flat) -> Params:
         """Views of the numbers."""
