@@ -65,16 +65,17 @@ def _reordered(b_OR: Any, name: str, config: Config, reorder: names.Reorder) -> 
 # ---- writing -----------------------------------------------------------------------------------
 
 
-def settings(rank: int, scale: float, base: str, config: Config) -> dict[str, Any]:
-    """What adapter_config.json says of adapters of all matrices; base: the frozen model's path."""
+def settings(adapters: Adapters, base: str) -> dict[str, Any]:
+    """What adapter_config.json says; base: the path of the frozen model."""
+    rank = len(next(iter(adapters.pairs.values()))[0])
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
-        "lora_alpha": scale * rank,
+        "lora_alpha": adapters.scale * rank,
         "lora_dropout": 0.0,
-        "target_modules": sorted({module(name).rpartition(".")[2] for name in matrices(config)}),
+        "target_modules": sorted({module(name).rpartition(".")[2] for name in adapters.pairs}),
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,

@@ -68,19 +68,18 @@ def replace_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
 
 def begin_adapters(out: Path, params: Params, config: Config, base: str) -> None:
     """Write OUT/adapter; base: the path of the model that the adapters of params are for."""
-    rank = params.layers[0].wq.a_RI.shape[0]
     (out / ADAPTER).mkdir()
-    told = json.dumps(adapters.settings(rank, SCALE, base, config), indent=2) + "\n"
+    told = json.dumps(adapters.settings(_adapters(params, config), base), indent=2) + "\n"
     (out / ADAPTER / adapters.SETTINGS).write_text(told, encoding="utf-8")
     replace_adapters(out, params, config)
 
 
 def replace_adapters(out: Path, params: Params, config: Config) -> None:
     """Put the adapters of params, float32, in place of those in OUT/adapter."""
-    pairs = {
-        name: (w.a_RI, w.b_OR)
-        for name, w in named(params, config.tied).items()
-        if isinstance(w, Adapted)
-    }
-    tensors = adapters.tensors(adapters.Adapters(pairs, SCALE), config)
+    tensors = adapters.tensors(_adapters(params, config), config)
     replace_tensors(out / ADAPTER / adapters.WEIGHTS, tensors)
+
+
+def _adapters(params: Params, config: Config) -> adapters.Adapters:
+    found = {n: w for n, w in named(params, config.tied).items() if isinstance(w, Adapted)}
+    return adapters.Adapters({name: (w.a_RI, w.b_OR) for name, w in found.items()}, SCALE)
