@@ -42,9 +42,14 @@ class Adapted(Stored):
         return out
 
     def widen(self, start: int, stop: int, out: np.ndarray) -> None:
-        """Fill `out`, contiguous, with rows start to stop of the sum."""
+        """Fill `out`, contiguous, with rows start to stop of the sum.
+
+        It is computed in float64 and rounded once, so that rows are the same in whatever chunks
+        they are asked for: the order of BLAS's sums depends on a chunk's size.
+        """
         widen_rows(self.w, start, stop, out)
-        out += (self.b_OR[start:stop] * self.scale) @ self.a_RI
+        wide_OR = self.b_OR[start:stop].astype(np.float64) * self.scale
+        out[...] = out + wide_OR @ self.a_RI.astype(np.float64)
 
 
 class _Transposed(Transposed):

@@ -61,28 +61,30 @@ class Lora:
 
     base: its weights in host memory, in any format that load_checkpoint gives. On the CPU they stay
     as they are, mapped in their file if they were; what is not float32 is widened a few rows at a
-    time, by each product. frozen: the model on the device, if it is another one.
+    time, by each product. frozen: the model on the device, if it is another one. scale: s.
     """
 
-    def __init__(self, base: Params, config: Config, frozen: Params | None = None):
-        self.config, self.base = config, stored(base)
+    def __init__(
+        self, base: Params, config: Config, frozen: Params | None = None, scale: float = SCALE
+    ):
+        self.config, self.base, self.scale = config, stored(base), scale
         self.frozen = frozen or self.base
 
     def params(self, flat: Flat) -> Params:
         """The frozen model with the adapters of `flat`."""
-        return adapted(self.frozen, self.config, flat.tensors)
+        return adapted(self.frozen, self.config, flat.tensors, self.scale)
 
     def on_host(self, flat: Flat) -> Params:
         """The same in host memory; np.asarray of a matrix, or rows of it, are W + s B A."""
         here = {name: to_host(w) for name, w in flat.tensors.items()}
-        return adapted(self.base, self.config, here)
+        return adapted(self.base, self.config, here, self.scale)
 
     def sums(self, flat: Flat, grad: Flat) -> AdapterSums:
         """What adds gradients of A and B to `grad`."""
-        return AdapterSums(flat.tensors, grad.tensors)
+        return AdapterSums(flat.tensors, grad.tensors, self.scale)
 
 
-def adapted(base: Params, config: Config, pairs: dict[str, Any], scale: float = SCALE) -> Params:
+def adapted(base: Params, config: Config, pairs: dict[str, Any], scale: float) -> Params:
     """The model W + scale B A, with no matrix made; pairs has A and B as `shapes` names them.
 
     A matrix without a pair is left as it is.
@@ -104,7 +106,7 @@ def merged(params: Params) -> Params:
 class AdapterSums:
     """Gradients of adapters, added up under their names; none of frozen weights is computed."""
 
-    def __init__(self, pairs: dict[str, Any], grads: dict[str, Any], scale: float = SCALE):
+    def __init__(self, pairs: dict[str, Any], grads: dict[str, Any], scale: float):
         self.pairs, self.grads, self.scale = pairs, grads, scale
 
     def product(self, name: str, d_y_MO: Any, x_MI: Any) -> None:
