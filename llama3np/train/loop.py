@@ -133,7 +133,7 @@ class Training:
         self.seconds += seconds
         speed = round(s.batch_tokens / seconds, 1)
         self.metrics.write(step=state.step, loss=loss, lr=rate, tokens_per_s=speed)
-        self.progress.stepped(state.step, loss, speed)
+        self.progress.stepped(state.step, loss, speed, seconds)
 
     def batch(self) -> Batch:
         """The windows of this step."""
