@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import llama3np
 from llama3np.backend import CPU, Device
 from llama3np.errors import InputError
+from llama3np.load.huggingface import tokenizer_of
 from llama3np.train import checkpoint, curve, evaluation, loop, metrics, result, tokens
 from llama3np.train.optimizer import AdamW, clip, learning_rate
 from llama3np.train.parts import BatchGradient
@@ -273,6 +274,16 @@ def test_a_picture_or_sample_that_fails_is_told_once_and_loses_nothing(
     said = capsys.readouterr().err
     assert said.count("no loss.png: no colours left") == 1
     assert said.count("no sample: no colours left") == 1
+
+
+def test_samples_cannot_steer_a_terminal(unbroken, monkeypatch):
+    run, state = checkpoint.load(unbroken / checkpoint.FILE, CPU)
+    tokenizer, tree = tokenizer_of(unbroken), state.params.params(run.config)
+    prompt = tokenizer.encode("\x1b[2Jé\n")
+    text = evaluation.sample(tree, run.config, tokenizer, prompt, seed=1)
+    assert text.startswith("\ufffd[2Jé\n")
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert text == evaluation.sample(tree, run.config, tokenizer, prompt, seed=1)
 
 
 def test_data_that_were_changed_since_are_refused(begun, tmp_path_factory):

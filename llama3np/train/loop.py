@@ -202,6 +202,6 @@ class Training:
                 text = evaluation.sample(
                     self.tree, self.run.config, self.tokenizer, prompt, seed=self.state.step
                 )
-            self.progress.say("\n".join(f"  | {line}" for line in text.splitlines()))
+            self.progress.say("\n".join(f"  | {line}" for line in text.split("\n")))
         except Exception as error:
             self.progress.say_once(f"no sample: {error}")
