@@ -1,4 +1,4 @@
-"""Checkpoints: what is read is what was written, and no fault while writing loses the one before."""
+"""Checkpoints: read is what was written, and no fault while writing loses the one before."""
 
 import shutil
 from dataclasses import asdict, replace
@@ -194,7 +194,7 @@ def test_metrics_are_cut_back_to_what_a_checkpoint_knows_of(tmp_path):
 
 def test_metrics_that_are_shorter_than_a_checkpoint_knows_are_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(InputError, match="at least the 10 bytes .* found 3"):
+    with pytest.raises(InputError, match=r"at least the 10 bytes .* found 3"):
         Metrics(tmp_path / "metrics.jsonl", 10)
 
 

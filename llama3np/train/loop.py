@@ -195,7 +195,8 @@ class Training:
         """Show how the model goes on from the beginning of the validation data."""
         if self.tokenizer is None:
             return
-        prompt = self.validation.ids_M[:PROMPT_TOKENS].tolist()
+        length = min(PROMPT_TOKENS, max(1, self.settings.context // 2))
+        prompt = self.validation.ids_M[:length].tolist()
         try:
             with self.signals.pure():
                 text = evaluation.sample(
