@@ -1,6 +1,6 @@
 """The gradient of a batch, from its parts.
 
-A part is a few rows: what it keeps stays near the core, where whole batches would go through memory,
+A part is a few rows: what it keeps stays near its core, where whole batches go through memory,
 and each core has parts of its own. What comes out does not depend on how many cores there
 are: parts are of one size, and are added up in their order.
 """
