@@ -14,7 +14,8 @@ from llama3np.llm import Llama
 from llama3np.params import Params, mapped
 from llama3np.threads import Pool, single_threaded_blas
 from llama3np.train.backward import NoCache
-from llama3np.train.parts import OPS, Batch
+from llama3np.train.parts import OPS
+from llama3np.train.tokens import Batch
 
 SAMPLE_TOKENS = 64
 SAMPLE_TEMPERATURE = 0.8  # as the written generation_config.json has it

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llama3np.backend import Device, namespace, on, use
 from llama3np.errors import InputError
@@ -18,11 +18,12 @@ from llama3np.train import checkpoint, curve, evaluation, tokens
 from llama3np.train.checkpoint import Run, State
 from llama3np.train.metrics import Metrics
 from llama3np.train.optimizer import AdamW, clip, learning_rate
-from llama3np.train.parts import PART, Batch, BatchGradient
+from llama3np.train.parts import PART, BatchGradient
 from llama3np.train.progress import Progress
 from llama3np.train.result import replace_weights
 from llama3np.train.signals import Signals, Stopped
 from llama3np.train.start import TOKENS
+from llama3np.train.tokens import Batch
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
@@ -142,7 +143,7 @@ class Training:
             tokens.batch(self.data, s.seed, self.state.step, s.batch_rows, s.context)
         )
 
-    def placed(self, batch: Any) -> Batch:
+    def placed(self, batch: Batch) -> Batch:
         """A batch as the backward pass takes it: ids on the host, all else beside the weights."""
         xp = namespace(self.state.params.vector)
         return Batch(batch.ids_BT, xp.asarray(batch.targets_BT), xp.asarray(batch.weights_BT))

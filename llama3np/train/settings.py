@@ -8,7 +8,7 @@ Sources, by the names used below:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import inf, sqrt
 from numbers import Integral
 from typing import NamedTuple
@@ -136,12 +136,6 @@ def changed(settings: Settings, **given: object) -> Settings:
     told = {name: value for name, value in given.items() if value is not None}
     new = replace(settings, **told)  # type: ignore[arg-type]
     return replace(new, warmup=min(new.warmup, new.steps // 10))
-
-
-def difference(stored: Settings, given: Settings) -> str | None:
-    """The name of the first setting that is not the same; None if all are."""
-    names = (field.name for field in fields(Settings))
-    return next((n for n in names if getattr(stored, n) != getattr(given, n)), None)
 
 
 # ---- the first weights -------------------------------------------------------------------------
