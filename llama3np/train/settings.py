@@ -100,7 +100,9 @@ def _sizes(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_dim: int)
 PRESETS = {
     "tiny": Preset(  # 0.8 M
         _sizes(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=384),
-        Settings(context=256, rows=16, steps=5000, learning_rate=2e-3),
+        # Of tinyshakespeare's million characters, 12 epochs: beyond 10 or so at this rate the
+        # validation loss rises again. Models this small bear rates above the tables'.
+        Settings(context=256, rows=16, steps=3000, learning_rate=3e-3),
     ),
     "small": Preset(  # 4.8 M
         _sizes(dim=256, n_layers=6, n_heads=8, n_kv_heads=4, ffn_dim=768),
