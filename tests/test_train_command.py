@@ -190,6 +190,7 @@ def test_another_text_is_refused_with_resume(trained, tmp_path, text):
         (["--text", "TEXT", "--max-steps", "0"], "steps: expected a whole number from 1 on"),
         (["--text", "TEXT", "--threads", "0"], "threads: expected a whole number from 1"),
         (["--text", "TEXT", "--device", "tpu"], "device: expected cpu, cuda or cuda:N"),
+        (["--text", "TEXT", "--device", "cuda:77"], "device: "),
         (["--text", "TEXT", "--tokenizer", "words"], "--tokenizer: expected char, bpe:N or a file"),
         (["--text", "TEXT", "--context", "9999"], "text: expected"),
     ],

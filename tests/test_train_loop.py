@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from contextlib import suppress
+from unittest import mock
 
 import faults
 import numpy as np
@@ -15,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llama3np
-from llama3np.backend import CPU
+from llama3np.backend import CPU, Device
 from llama3np.errors import InputError
+from llama3np.load.huggingface import tokenizer_of
 from llama3np.train import checkpoint, curve, evaluation, loop, metrics, result, tokens
+from llama3np.train.optimizer import AdamW, clip, learning_rate
 from llama3np.train.parts import BatchGradient
 from llama3np.train.settings import PRESETS, Settings, initial
 
@@ -82,6 +85,36 @@ def test_a_model_that_gets_worse_does_not_replace_the_best(begun, tmp_path_facto
     monkeypatch.setattr(loop, "replace_weights", lambda out, params: written.append(len(written)))
     done = trainings.go_on(out)
     assert (done.val_loss, done.best_val_loss, len(written)) == (2.5, 2.0, 2)
+
+
+def test_each_step_is_clipped_adamw_at_the_rate_of_the_schedule(begun, unbroken):
+    run, state = checkpoint.load(begun / checkpoint.FILE, CPU)
+    data, _ = tokens.open_tokens(begun / "training/tokens")
+    w, first, second, s = state.params, state.first, state.second, run.settings
+    gradient, adam = BatchGradient(run.config), AdamW(0.9, 0.99, 1e-8, 0.1)
+    for step in range(7):
+        loss, grad = gradient(w, tokens.batch(data, s.seed, step, rows=3, length=8))
+        clip(grad, 1.0)
+        rate = learning_rate(step, peak=1e-2, warmup=0, steps=7, floor=1e-3)
+        adam.update(w, grad, first, second, rate, t=step + 1)
+    _, found = checkpoint.load(unbroken / checkpoint.FILE, CPU)
+    np.testing.assert_array_equal(found.params.vector, w.vector)
+    np.testing.assert_array_equal(found.second.vector, second.vector)
+    lines = [line for line in metrics.read(unbroken / "metrics.jsonl") if "loss" in line]
+    assert (lines[-1]["loss"], lines[-1]["lr"]) == (loss, rate)
+
+
+@pytest.mark.cuda
+@pytest.mark.gpu
+def test_a_training_on_a_device_is_that_on_the_cpu(begun, unbroken, tmp_path_factory):
+    out = copied(begun, tmp_path_factory)
+    with mock.patch.object(curve, "draw"):
+        loop.train(out, Device("cuda"), 1)
+    expected, found = (metrics.read(path / "metrics.jsonl") for path in (unbroken, out))
+    for here, there in zip(expected, found, strict=True):
+        loss = "val_loss" if "val_loss" in here else "loss"
+        assert there["step"] == here["step"]
+        assert there[loss] == pytest.approx(here[loss], abs=1e-4)
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -241,6 +274,16 @@ def test_a_picture_or_sample_that_fails_is_told_once_and_loses_nothing(
     said = capsys.readouterr().err
     assert said.count("no loss.png: no colours left") == 1
     assert said.count("no sample: no colours left") == 1
+
+
+def test_samples_cannot_steer_a_terminal(unbroken, monkeypatch):
+    run, state = checkpoint.load(unbroken / checkpoint.FILE, CPU)
+    tokenizer, tree = tokenizer_of(unbroken), state.params.params(run.config)
+    prompt = tokenizer.encode("\x1b[2Jé\n")
+    text = evaluation.sample(tree, run.config, tokenizer, prompt, seed=1)
+    assert text.startswith("\ufffd[2Jé\n")
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert text == evaluation.sample(tree, run.config, tokenizer, prompt, seed=1)
 
 
 def test_data_that_were_changed_since_are_refused(begun, tmp_path_factory):

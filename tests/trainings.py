@@ -12,7 +12,7 @@ SIZES = Config(
     rope_pairing="half", tied=True,
 )  # fmt: skip
 SETTINGS = Settings(
-    context=8, rows=3, steps=7, learning_rate=1e-2, warmup=2, eval_every=3, checkpoint_every=2
+    context=8, rows=3, steps=7, learning_rate=1e-2, warmup=0, eval_every=3, checkpoint_every=2
 )
 TEXT = "".join(f"{n} sheep and {n * n % 17} llamas\n" for n in range(20))
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llama3np.backend import CPU, parse_device
+from llama3np.backend import CPU, parse_device, use
 from llama3np.errors import InputError
 from llama3np.kernels.engine import checked_threads
 from llama3np.threads import available_cores
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """Begin or go on; say how it ended, and how to go on if it was stopped."""
     out, device = Path(args.out), parse_device(args.device)
     threads = checked_threads(args.threads) or available_cores()
+    use(device)  # before anything is made
     order = order_of(args)
     if args.resume:
         refuse_other(out, order)

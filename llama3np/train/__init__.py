@@ -1,1 +1,19 @@
-"""Training in plain array operations: the backward pass, AdamW, and the loop around them."""
+"""Training in plain array operations: the backward pass, AdamW, and the loop around them.
+
+| module        | what                                                                          |
+|---------------|-------------------------------------------------------------------------------|
+| backward.py   | the gradient of model.py: one function per operation, over tiles.py            |
+| flat.py       | all tensors of one kind in one vector; gradients.py: where gradients go        |
+| parts.py      | the gradient of a batch, its rows shared out over the threads                  |
+| optimizer.py  | AdamW, clipping, the learning rate                                            |
+| vocabulary.py | tokenizers made from text                                                     |
+| tokens.py     | token files, windows and batches, over texts.py; dialogs.py: chat data         |
+| settings.py   | presets, hyperparameters, the first weights                                   |
+| start.py      | the beginning: all that the loop needs, on disk                               |
+| loop.py       | steps, validations, checkpoints, over evaluation.py and signals.py            |
+| checkpoint.py | what a training goes on from; durable.py: files that no crash leaves in halves |
+| result.py     | the model that comes out                                                      |
+| metrics.py    | metrics.jsonl; curve.py: loss.png; progress.py: what is told meanwhile         |
+
+docs/training.md says how it is used.
+"""

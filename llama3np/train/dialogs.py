@@ -150,9 +150,7 @@ def write(
             raise InputError(
                 f"chat data: expected two dialogs or more, one to validate by, found {len(ends)}"
             )
-        n_train = ends[
-            int(len(ends) * 0.9) - 1
-        ]  # of two dialogs or more, at least one is on each side
+        n_train = ends[int(len(ends) * 0.9) - 1]  # at least one dialog on each side
         if n_train <= length:
             raise InputError(
                 f"chat data: expected {length + 1} tokens or more to train on, for one window of "

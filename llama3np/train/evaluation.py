@@ -14,7 +14,8 @@ from llama3np.llm import Llama
 from llama3np.params import Params
 from llama3np.threads import Pool, single_threaded_blas
 from llama3np.train.backward import NoCache
-from llama3np.train.parts import OPS, Batch
+from llama3np.train.parts import OPS
+from llama3np.train.tokens import Batch
 
 SAMPLE_TOKENS = 64
 SAMPLE_TEMPERATURE = 0.8  # as the written generation_config.json has it
@@ -64,11 +65,16 @@ def summed_loss(params: Params, config: Config, batch: Batch) -> float:
 def sample(
     params: Params, config: Config, tokenizer: Any, prompt_ids: Sequence[int], seed: int
 ) -> str:
-    """A prompt of tokens and how the model goes on, as text; a function of its arguments.
+    """A prompt of tokens and how the model goes on, to be shown; a function of its arguments.
 
     params: in host memory.
     """
     llm = Llama(config, params, tokenizer, stop_ids=tokenizer.stop_ids, engine="numpy")
     new = min(SAMPLE_TOKENS, llm.max_seq_len - len(prompt_ids))
     (done,) = llm.generate([list(prompt_ids)], new, temperature=SAMPLE_TEMPERATURE, seed=seed)
-    return tokenizer.decode(prompt_ids) + done.text
+    return printable(tokenizer.decode(prompt_ids) + done.text)
+
+
+def printable(text: str) -> str:
+    """A text with U+FFFD for what would steer a terminal: new models write any byte."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

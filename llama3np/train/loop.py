@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llama3np.backend import Device, namespace, on, use
 from llama3np.errors import InputError
@@ -18,11 +18,12 @@ from llama3np.train import checkpoint, curve, evaluation, frozen, tokens
 from llama3np.train.checkpoint import Run, State
 from llama3np.train.metrics import Metrics
 from llama3np.train.optimizer import AdamW, clip, learning_rate
-from llama3np.train.parts import PART, Batch, BatchGradient
+from llama3np.train.parts import PART, BatchGradient
 from llama3np.train.progress import Progress
 from llama3np.train.result import replace_adapters, replace_weights
 from llama3np.train.signals import Signals, Stopped
 from llama3np.train.start import TOKENS
+from llama3np.train.tokens import Batch
 
 METRICS = "metrics.jsonl"
 CURVE = "loss.png"
@@ -135,7 +136,7 @@ class Training:
         self.seconds += seconds
         speed = round(s.batch_tokens / seconds, 1)
         self.metrics.write(step=state.step, loss=loss, lr=rate, tokens_per_s=speed)
-        self.progress.stepped(state.step, loss, speed)
+        self.progress.stepped(state.step, loss, speed, seconds)
 
     def batch(self) -> Batch:
         """The windows of this step."""
@@ -144,7 +145,7 @@ class Training:
             tokens.batch(self.data, s.seed, self.state.step, s.batch_rows, s.context)
         )
 
-    def placed(self, batch: Any) -> Batch:
+    def placed(self, batch: Batch) -> Batch:
         """A batch as the backward pass takes it: ids on the host, all else beside the weights."""
         xp = namespace(self.state.params.vector)
         return Batch(batch.ids_BT, xp.asarray(batch.targets_BT), xp.asarray(batch.weights_BT))
@@ -215,6 +216,6 @@ class Training:
                     prompt,
                     seed=self.state.step,
                 )
-            self.progress.say("\n".join(f"  | {line}" for line in text.splitlines()))
+            self.progress.say("\n".join(f"  | {line}" for line in text.split("\n")))
         except Exception as error:
             self.progress.say_once(f"no sample: {error}")

@@ -1,39 +1,35 @@
 """The gradient of a batch, from its parts.
 
-A part is a few rows: its activations stay in a core's cache, where whole batches would go through
-memory, and each core has parts of its own. What comes out does not depend on how many cores there
+A part is a few rows: what it keeps stays near its core, where whole batches go through memory,
+and each core has parts of its own. What comes out does not depend on how many cores there
 are: parts are of one size, and are added up in their order.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import Any, NamedTuple
 
 from llama3np import model
 from llama3np.config import Config
 from llama3np.threads import Pool, single_threaded_blas
 from llama3np.train import backward, tiles
 from llama3np.train.flat import Flat
+from llama3np.train.tokens import Batch
 from llama3np.train.trained import Trained, Whole
 
-PART = 512  # tokens: what is kept of them fits the caches; 1024 took a third more time (new memory)
-
-
+PART = 512  # tokens; with 1024 a step took a third longer
+# What a part is computed with; the plain operations give the same.
 OPS = model.PLAIN._replace(attention=tiles.attention)
 BACK = backward.PLAIN._replace(attention=tiles.backward)
 
 
-class Batch(NamedTuple):
-    """Rows of tokens, what follows each, and what that counts in the loss."""
-
-    ids_BT: Any  # int64
-    targets_BT: Any  # int64
-    weights_BT: Any  # float32, summing to 1 over a batch
-
-
 class BatchGradient:
-    """gradient(params, batch) -> (loss, d_params), of what is `trained`: all weights if None."""
+    """The gradient of a model's loss, on the threads of a pool.
+
+    threads: how many work at a time. recompute: see backward.loss_and_gradients. part: tokens of a
+    part, or those of one row if a row has more; it decides in which order numbers are added up.
+    trained: what the parameters are; all weights if None.
+    """
 
     def __init__(
         self,
@@ -48,7 +44,11 @@ class BatchGradient:
         self.pool = Pool(threads)
 
     def __call__(self, params: Flat, batch: Batch) -> tuple[float, Flat]:
-        """The loss, and its gradient as a new Flat."""
+        """The loss, and its gradient as a new Flat, of the parameters' dtype and on their device.
+
+        batch: as backward.loss_and_gradients takes its arrays. Raises InputError for ids out of
+        range.
+        """
         tree, total = self.trained.params(params), _InOrder(params.like())
         rows = max(1, self.part // batch.ids_BT.shape[1])
 

@@ -17,7 +17,7 @@ class Progress:
         """start: steps done before; steps: of the whole training."""
         self.start, self.step, self.steps = start, start, steps
         self.val_loss: float | None = None
-        self._began, self._told = time.perf_counter(), 0.0
+        self._began = self._told = 0.0
         self._said: set[str] = set()
         self._bar = _bar(start, steps) if sys.stderr.isatty() else None
 
@@ -30,10 +30,12 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def stepped(self, step: int, loss: float, tokens_per_s: float) -> None:
-        """Tell of a step that is done."""
-        self.step = step
+    def stepped(self, step: int, loss: float, tokens_per_s: float, seconds: float) -> None:
+        """Tell of a step that is done, and took so long."""
         now = time.perf_counter()
+        if self.step == self.start:  # what came before it does not come again
+            self._began = now - seconds
+        self.step = step
         val = "" if self.val_loss is None else f", val loss {self.val_loss:.4f}"
         facts = f"loss {loss:.4f}{val}, {tokens_per_s:,.0f} tokens/s"
         if self._bar is not None:

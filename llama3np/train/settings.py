@@ -8,7 +8,7 @@ Sources, by the names used below:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import inf, sqrt
 from numbers import Integral
 from typing import NamedTuple
@@ -103,7 +103,9 @@ def _sizes(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_dim: int)
 PRESETS = {
     "tiny": Preset(  # 0.8 M
         _sizes(dim=128, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=384),
-        Settings(context=256, rows=16, steps=5000, learning_rate=2e-3),
+        # Of tinyshakespeare's million characters, 12 epochs: beyond 10 or so at this rate the
+        # validation loss rises again. Models this small bear rates above the tables'.
+        Settings(context=256, rows=16, steps=3000, learning_rate=3e-3),
     ),
     "small": Preset(  # 4.8 M
         _sizes(dim=256, n_layers=6, n_heads=8, n_kv_heads=4, ffn_dim=768),
@@ -143,12 +145,6 @@ def changed(settings: Settings, **given: object) -> Settings:
     told = {name: value for name, value in given.items() if value is not None}
     new = replace(settings, **told)  # type: ignore[arg-type]
     return replace(new, warmup=min(new.warmup, new.steps // 10))
-
-
-def difference(stored: Settings, given: Settings) -> str | None:
-    """The name of the first setting that is not the same; None if all are."""
-    names = (field.name for field in fields(Settings))
-    return next((n for n in names if getattr(stored, n) != getattr(given, n)), None)
 
 
 # ---- the first weights -------------------------------------------------------------------------

@@ -7,7 +7,7 @@ chat data train_mask.npy and val_mask.npy of uint8. M is the number of tokens of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -60,25 +60,25 @@ def write(
     """
     if not 0 < val_fraction < 1:
         raise InputError(f"validation: expected a fraction between 0 and 1, found {val_fraction}")
-
-    def n_train(n_tokens: int) -> int:
-        """As nanoGPT cuts (data/shakespeare_char/prepare.py): data[:int(n * 0.9)] is trained on."""
-        return int(n_tokens * (1 - val_fraction))
-
-    def enough(n_tokens: int) -> bool:
-        return min(n_train(n_tokens), n_tokens - n_train(n_tokens)) > length
-
-    def split(n_tokens: int) -> int:
-        if enough(n_tokens):
-            return n_train(n_tokens)
-        least = int(length / max(val_fraction, 1 - val_fraction))
-        needed = next(n for n in count(least) if enough(n))
-        raise InputError(
-            f"text: expected {needed} tokens or more, for one window of {length} to train on and "
-            f"one to validate by, found {n_tokens}"
-        )
-
+    split = partial(_n_train, val_fraction=val_fraction, length=length)
     store(directory, tokenizer.n_vocab, _encoded(tokenizer, files), split)
+
+
+def _n_train(n_tokens: int, val_fraction: float, length: int) -> int:
+    """As nanoGPT cuts (data/shakespeare_char/prepare.py): data[:int(n * 0.9)] is trained on."""
+
+    def parts(n: int) -> tuple[int, int]:
+        n_train = int(n * (1 - val_fraction))
+        return n_train, n - n_train
+
+    if min(parts(n_tokens)) > length:
+        return parts(n_tokens)[0]
+    below = int(length / max(val_fraction, 1 - val_fraction))
+    needed = next(n for n in count(below) if min(parts(n)) > length)
+    raise InputError(
+        f"text: expected {needed} tokens or more, for one window of {length} to train on and "
+        f"one to validate by, found {n_tokens}"
+    )
 
 
 def _encoded(tokenizer: Tokenizer, files: Iterable[str | Path]) -> Iterator[Tokens]:

@@ -22,7 +22,7 @@ from typing import Any
 from llama3np.errors import InputError
 from llama3np.load.files import new_file
 from llama3np.load.huggingface import tokenizer_of
-from llama3np.tokenizer import Tokenizer
+from llama3np.tokenizer import Tokenizer, from_tokenizer_json, from_tokenizer_model
 from llama3np.tokenizer.base import stop_ids
 from llama3np.tokenizer.bpe import LLAMA3, BytePairTokenizer
 from llama3np.tokenizer.bytelevel import byte_alphabet
@@ -171,12 +171,13 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def _copy(source: Path, directory: Path) -> None:
     """Copy a tokenizer's file under the name it is looked for by, and what stands beside it."""
-    names = ("tokenizer.json", "tokenizer.model")
+    names = {"tokenizer.json": from_tokenizer_json, "tokenizer.model": from_tokenizer_model}
     found = [source / name for name in names] if source.is_dir() else [source]
     file = next((file for file in found if file.is_file()), None)
     name = next((name for name in names if file and file.suffix == Path(name).suffix), None)
     if file is None or name is None:
         raise InputError(f"--tokenizer: {source}: expected {' or '.join(names)}, found neither")
+    names[name](file)  # refused here, by its own name, before anything is written
     beside = {file.with_name(other): directory / other for other in _BESIDE}
     for path, target in ({file: directory / name} | beside).items():
         if path.is_file():
