@@ -1,8 +1,8 @@
 """OUT as a model: the weights of the lowest validation loss, bf16, in a Hugging Face directory.
 
 Where adapters are trained, those weights are the merged ones, and OUT/adapter has the adapters
-alone in PEFT's layout. (Not OUT itself: transformers would take it for adapters, and ignore the
-merged weights.)
+alone in PEFT's layout. (Not OUT itself: transformers, where PEFT is installed, would put them on
+what it loads from OUT, which has them already.)
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def _keep(out: Path, begun: _Begun, order: Order) -> None:
 
 
 def _new(out: Path, order: Order) -> _Begun:
-    if "lora" in order.given:
+    if order.given.get("lora") is not None:
         raise InputError("--lora: expected --init MODEL, for adapters of its weights, found none")
     preset = PRESETS[order.preset or DEFAULT_PRESET]
     settings = changed(preset.settings, **order.given)
