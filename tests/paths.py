@@ -8,6 +8,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDENS = Path(__file__).resolve().parent / "goldens"
+# The model that comes with the package: for every test that needs a real one, of any format.
+EMBEDDED = REPOSITORY / "weights" / "shakespeare"
 # Files too large, or with too narrow a licence, for the repository: a folder beside it.
 SHARED = Path(os.environ.get("LLAMA3NP_SHARED", REPOSITORY.parent / "shared"))
 

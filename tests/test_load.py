@@ -675,7 +675,7 @@ def test_a_directory_of_another_kind_is_told(tmp_path, files):
 
 def test_a_path_to_nothing_is_told(tmp_path):
     with pytest.raises(
-        InputError, match=r"nothing: expected a checkpoint.*\(smollm2\), found nothing"
+        InputError, match=r"nothing: expected a checkpoint.*\(smollm2, shakespeare\), found nothing"
     ):
         detect(tmp_path / "nothing")
 

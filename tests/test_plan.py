@@ -136,7 +136,7 @@ def test_a_checkpoint_can_be_planned_for(capsys):
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        (("llama3-8B",), "llama3-8B: expected a path, smollm2, or one of llama2-7b, "),
+        (("llama3-8B",), "llama3-8B: expected a path, smollm2, shakespeare, or one of llama2-7b, "),
         (("llama3-8b", "--memory", "lots"), "--memory: expected a size such as 24GB"),
         (("llama3-8b", "--bandwidth", "fast/s"), "--bandwidth: expected a size"),
         (("llama3-8b", "--gpus", "3"), "divides n_kv_heads 8, found 3"),
