@@ -19,6 +19,7 @@ from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.kernels.engine import CUDA_ENGINES
 from llama3np.llm import Llama
+from llama3np.load import save_hf
 from llama3np.numerics import PROFILES, ulps
 
 pytestmark = pytest.mark.gpu  # those that take softcuda are for that device alone
@@ -460,9 +461,9 @@ def test_the_command_tells_the_memory_then_generates_as_on_the_cpu(capsys, engin
         (["--device", "cuda", "--dtype", "bf16-mm"], "multiplies bfloat16 weights"),
     ],
 )
-def test_what_a_device_cannot_do_is_a_sentence(softcuda, capsys, args, told):
-    model = str(paths.EMBEDDED)
-    assert cli.main(["generate", model, "--prompt-ids", "1", *args]) == 2
+def test_what_a_device_cannot_do_is_a_sentence(softcuda, capsys, tmp_path, args, told):
+    save_hf(tmp_path / "tiny", TINY.config, TINY.params)  # in float32
+    assert cli.main(["generate", str(tmp_path / "tiny"), "--prompt-ids", "1", *args]) == 2
     error = capsys.readouterr().err
     assert told in error.splitlines()[-1]
     assert len(error.splitlines()) <= 2  # the plan, where loading came so far

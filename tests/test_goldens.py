@@ -100,8 +100,9 @@ def steps_on(llm):
     """How many decode steps are compared: of SmolLM2 the software device takes 2.4 s for one."""
     if not devices.is_soft(llm):
         return 999
-    small = llm.config.dim < 200  # stories260K and the embedded model: a tenth of a second
-    return 24 if small else 12 if devices.LONG else 3
+    if llm.config.dim < 200:  # stories260K and the embedded model: a tenth of a second, and more
+        return 24 if llm.config.dim < 100 else 8
+    return 12 if devices.LONG else 3
 
 
 def only_one_on(llm, item):
