@@ -123,7 +123,7 @@ def sampled(capsys, *args):
 
 
 def test_it_samples_as_its_files_recommend_unless_told_otherwise(capsys):
-    """--seed alone is no choice of how to sample; temperature, top-p and top-k are."""
+    """A temperature is the choice; what else is given counts beside the recommended one."""
     own = sampled(capsys, "ROMEO:", "--seed", 5)
     recommended = llama3np.load("shakespeare").sampling
     assert recommended.temperature > 0
@@ -135,11 +135,17 @@ def test_it_samples_as_its_files_recommend_unless_told_otherwise(capsys):
     assert greedy.startswith(ROMEO["generated_text"])
     assert own != greedy
     assert sampled(capsys, "ROMEO:", "--seed", 5, "--top-k", 1) == greedy
+    few = sampled(capsys, "ROMEO:", "--seed", 5, "--top-k", 3)
+    assert few == sampled(capsys, "ROMEO:", *same, "--top-k", 3) != greedy
 
 
-def test_by_its_path_it_is_a_model_like_any_other(capsys):
-    given = sampled(capsys, paths.EMBEDDED, "ROMEO:")
-    assert given.startswith(ROMEO["generated_text"])
+def test_by_a_path_it_is_a_model_like_any_other(capsys, tmp_path, monkeypatch):
+    """Even if the path is its name."""
+    shutil.copytree(paths.EMBEDDED, tmp_path / "shakespeare")
+    monkeypatch.chdir(tmp_path)
+    for path in (paths.EMBEDDED, "shakespeare"):
+        assert sampled(capsys, path, "ROMEO:").startswith(ROMEO["generated_text"])
+    assert "expected either PROMPT" in refused(capsys, "generate", "shakespeare")
 
 
 @pytest.mark.parametrize(
@@ -193,6 +199,8 @@ def built(tmp_path_factory):
     ignored = shutil.ignore_patterns("__pycache__", "llama-models", "training")
     for name in ("llama3np", "weights"):
         shutil.copytree(paths.REPOSITORY / name, source / name, ignore=ignored)
+    for name in ("metrics.jsonl", "loss.png"):  # as training leaves them
+        (source / "weights" / "shakespeare" / name).touch()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(paths.REPOSITORY / name, source)
     commands = ("sdist", "-d", str(made), "build_py", "-d", str(made / "wheel"))

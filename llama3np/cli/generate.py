@@ -15,8 +15,8 @@ NOTES = (
     f"Without MODEL the model that comes with this package speaks, {EMBEDDED}, a small one that "
     "writes plays letter by letter; without PROMPT as well it begins with a line break. One word "
     "that is neither a model nor looks like a path is its PROMPT. As greedy text of so small a "
-    "model goes round in circles, it samples as its files recommend (temperature 0.8) if no "
-    "option of sampling is given; --seed repeats a text."
+    "model goes round in circles, it samples as its files recommend (temperature 0.8) where no "
+    "--temperature is given; --seed repeats a text."
 )
 
 
@@ -59,7 +59,7 @@ def choose_model(args: argparse.Namespace) -> None:
         return
     if args.prompt is args.prompt_ids is None and not args.chat:
         args.prompt = "\n"
-    if args.temperature is args.top_p is args.top_k is None:
+    if args.temperature is None:
         args.temperature = common.DEFAULT
 
 
