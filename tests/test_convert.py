@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -324,6 +325,17 @@ def smollm2(tmp_path_factory):
     assert convert(folder / "x.gguf", folder / "hf") == []
     assert convert(folder / "hf", folder / "again.gguf") == []
     return folder
+
+
+def test_a_vocabulary_without_merges_has_a_list_of_no_strings(tmp_path):
+    """llama.cpp refuses one of no numbers; the gguf package reads no empty list at all."""
+    (told,) = convert(paths.EMBEDDED, tmp_path / "x.gguf")
+    assert "the sampling is not kept" in told
+    key, array, string = b"tokenizer.ggml.merges", 9, 8
+    assert key + struct.pack("<IIQ", array, string, 0) in (tmp_path / "x.gguf").read_bytes()
+    ours, source = (load_checkpoint(p).tokenizer for p in (tmp_path / "x.gguf", paths.EMBEDDED))
+    for text in TEXTS:
+        assert ours.encode(text) == source.encode(text)
 
 
 def test_a_vocabulary_comes_back_from_hugging_face_as_it_was(smollm2):
