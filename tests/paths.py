@@ -1,5 +1,6 @@
 """Where tests find what is not in the repository; a test that needs it skips where it is absent."""
 
+import contextlib
 import importlib.metadata
 import os
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDENS = Path(__file__).resolve().parent / "goldens"
+# The model that comes with the package: for every test that needs a real one, of any format.
+EMBEDDED = REPOSITORY / "weights" / "shakespeare"
 # Files too large, or with too narrow a licence, for the repository: a folder beside it.
 SHARED = Path(os.environ.get("LLAMA3NP_SHARED", REPOSITORY.parent / "shared"))
 
@@ -25,14 +28,17 @@ def shared(name: str) -> Path:
 
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct as a GGUF file, out of the package that carries it."""
-    try:
-        files = importlib.metadata.files(SMOLLM2) or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.suffix == ".gguf" and file.locate().exists():
-            return Path(file.locate())
+    for path in found_smollm2():
+        return path
     pytest.skip(f"the package {SMOLLM2} is not installed")
+
+
+def found_smollm2():
+    """Its path, or nothing: all files of the package that end as a model does."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for file in importlib.metadata.files(SMOLLM2) or []:
+            if file.suffix == ".gguf" and file.locate().exists():
+                yield Path(file.locate())
 
 
 def llama3_tokenizer() -> Path:

@@ -83,13 +83,14 @@ def test_importing_the_package_and_its_commands_imports_no_cupy():
     assert python(code).stderr == ""
 
 
+GENERATE = (
+    "\nimport sys; from llama3np.cli import main\n"
+    "sys.exit(main(['generate', '/nowhere', 'x', '--device', 'cuda']))"
+)
+
+
 def test_without_cupy_the_sentence_has_the_command():
-    code = (
-        "import sys; sys.modules['cupy'] = None\n"
-        "from llama3np.cli import main\n"
-        "sys.exit(main(['generate', '/nowhere', 'x', '--device', 'cuda']))"
-    )
-    run = python(code)
+    run = python("import sys; sys.modules['cupy'] = None" + GENERATE)
     assert run.returncode == 2
     assert run.stderr.count("\n") == 1
     assert 'pip install "llama3np[cuda13]"' in run.stderr
@@ -97,11 +98,7 @@ def test_without_cupy_the_sentence_has_the_command():
 
 def test_without_a_gpu_the_sentence_says_so_before_any_file_is_looked_for():
     pytest.importorskip("cupy")
-    code = (
-        "import sys; from llama3np.cli import main\n"
-        "sys.exit(main(['generate', '/nowhere', 'x', '--device', 'cuda']))"
-    )
-    run = python(code, CUDA_VISIBLE_DEVICES="")
+    run = python(GENERATE, CUDA_VISIBLE_DEVICES="")
     assert run.returncode == 2
     assert run.stderr == (
         "llama3np: device: CuPy finds no CUDA driver or no GPU (nvidia-smi shows what there is), "
@@ -113,12 +110,8 @@ def test_without_a_gpu_the_sentence_says_so_before_any_file_is_looked_for():
 def test_a_driver_that_is_too_old_is_told_with_the_other_package():
     """CuPy says no more of it than that there is no device."""
     pytest.importorskip("cupy")
-    code = (
-        "import sys, cupy; cupy.cuda.runtime.driverGetVersion = lambda: 12040\n"
-        "from llama3np.cli import main\n"
-        "sys.exit(main(['generate', '/nowhere', 'x', '--device', 'cuda']))"
-    )
-    run = python(code, CUDA_VISIBLE_DEVICES="")
+    old = "import cupy; cupy.cuda.runtime.driverGetVersion = lambda: 12040"
+    run = python(old + GENERATE, CUDA_VISIBLE_DEVICES="")
     assert run.returncode == 2
     assert run.stderr == (
         "llama3np: device: the driver knows CUDA 12.4 and this CuPy needs 13: a newer driver, or "

@@ -66,7 +66,7 @@ def test_both_engines_are_measured_beside_the_prediction(softcuda, monkeypatch, 
     monkeypatch.setattr(bench_cuda, "ROUNDS", 1)
     monkeypatch.setattr(bench_cuda.bench, "PROMPT_TOKENS", 4)
     monkeypatch.setattr(bench_cuda, "OTHERS", {"other": ("json", lambda args, ids: 12.5)})
-    model = str(paths.shared("data/stories260K.bin"))
+    model = str(paths.EMBEDDED)
     given = [model, "--context", "4", "--new-tokens", "2"]
     monkeypatch.setattr(sys, "argv", ["bench_cuda.py", *given])
     assert bench_cuda.main() == 0

@@ -12,13 +12,18 @@ import numpy as np
 import paths
 import pytest
 
+from llama3np.cli import ended_by_signals, main
 from llama3np.cli.common import Timed
 from llama3np.config import Config
 from llama3np.llm import Step
 from llama3np.load import save_hf
 from llama3np.params import random
 
+pytestmark = pytest.mark.usefixtures("compiled_kernels")  # a process that compiles says so
+
 COMMAND = [sys.executable, "-c", "import sys; from llama3np.cli import main; sys.exit(main())"]
+GOLDEN = json.loads((paths.GOLDENS / "embedded.json").read_text(encoding="utf-8"))
+ROMEO = next(item for item in GOLDEN["items"] if item["id"] == "romeo")
 TINY = Config(
     dim=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, ffn_dim=20, vocab_size=30,
     context_length=64, rope_pairing="half",
@@ -63,9 +68,8 @@ def result(*args, **options):
 
 
 def test_generate_prints_the_text_and_nothing_else():
-    run = llama3np("generate", paths.smollm2_gguf(), "Gravity is", "--max-new-tokens", 12)
-    text = " a fundamental concept in physics that describes the curvature of spacetime caused"
-    assert (run.returncode, run.stdout, run.stderr) == (0, text + "\n", "")
+    run = llama3np("generate", paths.EMBEDDED, "ROMEO:", "--max-new-tokens", 12)
+    assert (run.returncode, run.stdout, run.stderr) == (0, ROMEO["generated_text"][:12] + "\n", "")
 
 
 def test_generate_by_the_name_of_an_installed_model():
@@ -76,6 +80,19 @@ def test_generate_by_the_name_of_an_installed_model():
 
 
 def test_generate_json_has_every_key():
+    given = result("generate", paths.EMBEDDED, "ROMEO:", "--logprobs", "--max-new-tokens", 8)
+    assert given["prompt_ids"] == ROMEO["prompt_ids"]
+    assert given["ids"] == ROMEO["generated_ids"][:8]
+    assert given["text"] == ROMEO["generated_text"][:8]
+    assert given["finish_reason"] == "length"
+    expected = [step["top5_logits"][0] - step["logsumexp"] for step in ROMEO["steps"][:8]]
+    assert given["logprobs"] == pytest.approx(expected, abs=1e-3)
+    timings = given["timings"]
+    assert (timings["prefill_tokens"], timings["decode_tokens"]) == (6, 7)
+    assert min(timings["load_s"], timings["prefill_s"], timings["decode_s"]) > 0
+
+
+def test_generate_answers_a_message():
     given = result(
         *("generate", paths.smollm2_gguf(), "--chat", "What is the capital of France?"),
         *("--logprobs", "--max-new-tokens", 20),
@@ -88,7 +105,6 @@ def test_generate_json_has_every_key():
     timings = given["timings"]
     assert timings["prefill_tokens"] == len(given["prompt_ids"]) == 37
     assert timings["decode_tokens"] == 7
-    assert min(timings["load_s"], timings["prefill_s"], timings["decode_s"]) > 0
 
 
 def test_generate_takes_ids_and_needs_no_tokenizer(tiny):
@@ -103,8 +119,8 @@ def test_generate_takes_ids_and_needs_no_tokenizer(tiny):
 
 def test_generate_reads_standard_input():
     """And a line end that `echo` adds is not part of the prompt."""
-    options = ("generate", paths.smollm2_gguf(), "-", "--max-new-tokens", 2)
-    assert llama3np(*options, stdin="Gravity is\n").stdout == " a fundamental\n"
+    options = ("generate", paths.EMBEDDED, "-", "--max-new-tokens", 8)
+    assert llama3np(*options, stdin="ROMEO:\n").stdout == ROMEO["generated_text"][:8] + "\n"
 
 
 def test_a_seed_repeats_a_sample(tiny):
@@ -165,7 +181,7 @@ def test_a_terminal_sees_progress_and_the_text_stays_clean():
     import pty
 
     ours, theirs = pty.openpty()
-    command = [*COMMAND, "generate", str(paths.smollm2_gguf()), "Hi", "--max-new-tokens", "1"]
+    command = [*COMMAND, "generate", str(paths.EMBEDDED), "Hi", "--max-new-tokens", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs)
     os.close(theirs)
     seen = b""
@@ -206,8 +222,9 @@ def test_ctrl_c_with_json_prints_what_there_is(tiny):
     assert 0 < len(given["ids"]) < 90000
 
 
-def test_a_reader_that_leaves_is_no_error():
-    process = start("generate", paths.smollm2_gguf(), "Gravity is", "--max-new-tokens", 400)
+def test_a_reader_that_leaves_is_no_error(tiny):
+    options = ("--prompt-ids", "1", "--max-seq-len", "99999", "--max-new-tokens", "90000")
+    process = start("generate", tiny, *options)
     process.stdout.read(5)
     process.stdout.close()
     assert "Traceback" not in process.stderr.read()
@@ -290,7 +307,7 @@ def test_a_prompt_too_long_states_the_three_numbers(tiny):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="bytes on a pipe")
 def test_text_that_is_not_utf8_is_refused():
-    command = [*COMMAND, "generate", str(paths.smollm2_gguf()), "-"]
+    command = [*COMMAND, "generate", str(paths.EMBEDDED), "-"]
     run = subprocess.run(command, input=b"ab\xff", capture_output=True, check=False)
     assert run.returncode == 2
     assert run.stdout == b""
@@ -306,7 +323,7 @@ def test_a_path_too_long_and_a_pipe_for_a_path_are_refused(tmp_path):
 
 
 def test_an_empty_prompt_is_refused_where_the_model_has_no_bos():
-    assert "prompt" in refused("generate", paths.smollm2_gguf(), "")
+    assert "prompt" in refused("generate", paths.EMBEDDED, "")
 
 
 @pytest.mark.parametrize(
@@ -343,6 +360,17 @@ def test_chat_needs_a_tokenizer(tiny):
 def test_no_command_and_an_unknown_one_are_refused():
     assert "COMMAND" in refused()
     assert "dance" in refused("dance")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+def test_handlers_of_signals_are_as_they_were(tiny, capsys):
+    """Of a program that calls main itself; while a command runs, a kill ends it as Ctrl-C does."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    assert main(["info", str(tiny)]) == 0
+    assert main(["info", "/no such model"]) == 2
+    with pytest.raises(SystemExit, match="143"), ended_by_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before
 
 
 def test_debug_shows_where(tmp_path):

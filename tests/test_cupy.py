@@ -19,13 +19,14 @@ from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.kernels.engine import CUDA_ENGINES
 from llama3np.llm import Llama
+from llama3np.load import save_hf
 from llama3np.numerics import PROFILES, ulps
 
 pytestmark = pytest.mark.gpu  # those that take softcuda are for that device alone
 
 SMALL = settings(max_examples=64)  # an eighth of them on CuPy
 TINY = Model(Config(24, 2, 6, 2, 4, 40, 31, rope_pairing="half", tied=False), 1)
-STORIES = ("bos_only", "tim")
+GOLDEN = json.loads((paths.GOLDENS / "embedded.json").read_text(encoding="utf-8"))
 engines = st.sampled_from(list(CUDA_ENGINES))
 
 
@@ -411,14 +412,12 @@ def test_nothing_waits_too_little_on_a_device_that_works_late(softcuda, engine):
     assert [c.ids for c in ours] == [c.ids for c in theirs]
 
 
-@pytest.mark.parametrize("name", STORIES)
-def test_stories_generates_the_reference_ids_by_plain_operations(name):
+@pytest.mark.parametrize("item", GOLDEN["items"][:2], ids=lambda item: item["id"])
+def test_the_embedded_model_generates_the_reference_ids_by_plain_operations(item):
     """The engine cuda has all of test_goldens.py."""
-    golden = json.loads(paths.shared("goldens/stories260k.json").read_text(encoding="utf-8"))
-    item = next(item for item in golden["items"] if item["id"] == name)
-    llm = llama3np.load(paths.shared("data/stories260K.bin"), device="cuda", engine="cupy")
-    count = min(24, item["max_new_tokens"])
-    (completion,) = llm.generate(item["prompt_ids"], count, stop_ids=[1, 2])
+    llm = llama3np.load(paths.EMBEDDED, device="cuda", engine="cupy")
+    count = min(12, item["max_new_tokens"])
+    (completion,) = llm.generate(item["prompt_ids"], count, stop_ids=())
     assert completion.ids == item["generated_ids"][:count]
     logits_V = llm.forward(item["prompt_ids"], last_only=True)[0, 0]
     top5 = item["steps"][0]
@@ -428,7 +427,7 @@ def test_stories_generates_the_reference_ids_by_plain_operations(name):
 def test_a_checkpoint_of_many_tensors_tells_its_way_to_the_device():
     told = []
     llm = llama3np.load(
-        paths.shared("data/stories260K-hf"), device="cuda", engine="cupy",
+        paths.EMBEDDED, device="cuda", engine="cupy",
         progress=lambda *each: told.append(each),
     )  # fmt: skip
     total = sum(w.nbytes for w in tree.named(llm.params, llm.config.tied).values())
@@ -441,15 +440,15 @@ def test_a_checkpoint_of_many_tensors_tells_its_way_to_the_device():
 
 @pytest.mark.parametrize("engine", CUDA_ENGINES)
 def test_the_command_tells_the_memory_then_generates_as_on_the_cpu(capsys, engine):
-    model = str(paths.shared("data/stories260K.bin"))
-    asked = ["generate", model, "--prompt-ids", "1,403,407", "--max-new-tokens", "6"]
+    model = str(paths.EMBEDDED)
+    asked = ["generate", model, "--prompt-ids", "1,43,47", "--max-new-tokens", "6"]
     texts = []
     for device in (["--device", "cuda:0", "--engine", engine], ["--engine", "numpy"]):
         assert cli.main([*asked, *device]) == 0
         texts.append(capsys.readouterr())
     assert texts[0].out == texts[1].out
     assert texts[0].err.startswith("cuda:0: 0.")
-    assert " needed: weights 0.00 GB, keys and values of 512 tokens in f32 " in texts[0].err
+    assert " needed: weights 0.00 GB, keys and values of 256 tokens in f32 " in texts[0].err
     assert (texts[0].err.count("\n"), texts[1].err) == (1, "")
 
 
@@ -462,9 +461,9 @@ def test_the_command_tells_the_memory_then_generates_as_on_the_cpu(capsys, engin
         (["--device", "cuda", "--dtype", "bf16-mm"], "multiplies bfloat16 weights"),
     ],
 )
-def test_what_a_device_cannot_do_is_a_sentence(softcuda, capsys, args, told):
-    model = str(paths.shared("data/stories260K.bin"))
-    assert cli.main(["generate", model, "--prompt-ids", "1", *args]) == 2
+def test_what_a_device_cannot_do_is_a_sentence(softcuda, capsys, tmp_path, args, told):
+    save_hf(tmp_path / "tiny", TINY.config, TINY.params)  # in float32
+    assert cli.main(["generate", str(tmp_path / "tiny"), "--prompt-ids", "1", *args]) == 2
     error = capsys.readouterr().err
     assert told in error.splitlines()[-1]
     assert len(error.splitlines()) <= 2  # the plan, where loading came so far

@@ -16,11 +16,17 @@ import llama3np
 from llama3np.backend import to_host
 from llama3np.kernels.engine import ENGINES
 from llama3np.llm import Llama
+from llama3np.load import load_checkpoint, save_gguf, save_llama2c, save_meta
 from llama3np.params import from_named, named
 
 LOGIT = 1e-3  # absolute, against the float64 reference
 NLL = 1e-5  # relative
 
+EMBEDDED = json.loads((paths.GOLDENS / "embedded.json").read_text(encoding="utf-8"))
+EMBEDDED_ITEMS = [pytest.param(item, id=item["id"]) for item in EMBEDDED["items"]]
+TRACED = next(item for item in EMBEDDED["items"] if item["id"] == "romeo")
+EXACT = next(item for item in EMBEDDED["items"] if item["id"] == "to_be")
+SAVED = {"gguf": save_gguf, "meta": save_meta, "llama2c": save_llama2c}
 SMOLLM2 = json.loads((paths.GOLDENS / "smollm2_135m_q4_1.json").read_text(encoding="utf-8"))
 SMOLLM2_ITEMS = [pytest.param(item, id=item["id"]) for item in SMOLLM2["items"]]
 STORIES_IDS = ("bos_only", "tim", "lily_ben", "cat", "quote")
@@ -28,6 +34,30 @@ STORIES_FILES = ("stories260K.bin", "stories260K-hf", "stories260K-meta")
 
 
 ON_CUDA = pytest.param("cuda", marks=devices.MARKS)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        *((kind, engine) for kind in ("huggingface", *SAVED) for engine in ENGINES),
+        pytest.param(("huggingface", "cuda"), marks=devices.MARKS),
+    ],
+    ids="-".join,
+)
+def embedded(request, tmp_path_factory):
+    """The embedded model: as it is, and from files of the other formats."""
+    kind, engine = request.param
+    path, device = paths.EMBEDDED, "cuda" if engine == "cuda" else "cpu"
+    if kind != "huggingface":
+        whole = load_checkpoint(path)
+        path = tmp_path_factory.mktemp("embedded") / f"model.{kind}"
+        SAVED[kind](path, whole.config, whole.params)
+    return llama3np.load(path, engine=engine, device=device)
+
+
+@pytest.fixture(scope="module")
+def embedded_arrays():
+    return np.load(paths.GOLDENS / "embedded_arrays.npz")
 
 
 @pytest.fixture(scope="module", params=[*ENGINES, ON_CUDA])
@@ -70,8 +100,9 @@ def steps_on(llm):
     """How many decode steps are compared: of SmolLM2 the software device takes 2.4 s for one."""
     if not devices.is_soft(llm):
         return 999
-    small = llm.config.dim < 100  # stories260K: a tenth of a second
-    return 24 if small else 12 if devices.LONG else 3
+    if llm.config.dim < 200:  # stories260K and the embedded model: a tenth of a second, and more
+        return 24 if llm.config.dim < 100 else 8
+    return 12 if devices.LONG else 3
 
 
 def only_one_on(llm, item):
@@ -126,6 +157,90 @@ def residual_stream(llm, ids):
     llm.forward(ids, tap=lambda name, array: taps.update({name: to_host(array)[0].copy()}))
     names = ["embed", *(f"layers.{i}.h" for i in range(llm.config.n_layers))]
     return np.stack([taps[name] for name in names]), taps["norm"]
+
+
+# ---- the embedded model --------------------------------------------------------------------------
+
+
+def test_the_goldens_are_those_of_the_embedded_model():
+    """If not: tools/goldens_embedded.py makes them, where torch and transformers are."""
+    for name, key in (("model.safetensors", "weights"), ("tokenizer.json", "tokenizer")):
+        found = hashlib.sha256((paths.EMBEDDED / name).read_bytes()).hexdigest()
+        assert found == EMBEDDED[f"{key}_sha256"], name
+
+
+@pytest.mark.parametrize("item", EMBEDDED_ITEMS)
+def test_embedded_generates_the_reference_ids(embedded, item):
+    check_ids(embedded, item, stop_ids=[256])
+
+
+@pytest.mark.parametrize("item", EMBEDDED_ITEMS)
+def test_embedded_logits(embedded, embedded_arrays, item):
+    """At every position by prefill, and at every step by decode."""
+    reference_TV = embedded_arrays[f"logits/{item['id']}"]
+    ids = item["prompt_ids"] + item["generated_ids"]
+    assert np.abs(to_host(embedded.forward(ids))[0] - reference_TV).max() < LOGIT
+    item = steps_of(item, embedded)
+    assert check_steps(embedded, item) == 5 * len(item["steps"])
+
+
+def test_embedded_intermediates(embedded, embedded_arrays):
+    """All of them, by name and in order; masked scores are -inf in both."""
+    found = {}
+    ids = TRACED["prompt_ids"]
+    embedded.forward(ids, tap=lambda name, array: found.update({name: to_host(array)[0].copy()}))
+    prefix = f"taps/{TRACED['id']}/"
+    names = [name.removeprefix(prefix) for name in embedded_arrays if name.startswith(prefix)]
+    assert names == [name for name in found if name in names]
+    assert len(names) == 17 * embedded.config.n_layers + 3
+    for name in names:
+        reference = embedded_arrays[prefix + name]
+        scale = np.abs(reference[np.isfinite(reference)]).max()
+        np.testing.assert_allclose(found[name], reference, rtol=0, atol=1e-5 * scale, err_msg=name)
+
+
+def test_embedded_negative_log_likelihood(embedded, embedded_arrays):
+    nll_T = -embedded.score(EMBEDDED["nll"]["ids"])
+    assert nll_T.sum() == pytest.approx(EMBEDDED["nll"]["sum_nll_fp64"], rel=NLL)
+    assert np.abs(nll_T - embedded_arrays["nll_per_token"]).max() < LOGIT
+
+
+def test_embedded_generates_the_same_in_one_ragged_batch(embedded):
+    items = EMBEDDED["items"]
+    most = min(*(item["max_new_tokens"] for item in items), steps_on(embedded))
+    completions = embedded.generate([item["prompt_ids"] for item in items], most, stop_ids=[256])
+    assert [c.ids for c in completions] == [generated_with_stop(item)[:most] for item in items]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_embedded_generates_the_same_over_any_number_of_threads(engine, threads):
+    check_ids(llama3np.load(paths.EMBEDDED, engine=engine, threads=threads), TRACED)
+
+
+def test_embedded_in_float64_equals_the_reference(embedded_arrays):
+    """The oracle profile. Its angles are float64 as the reference's are, so little is left over."""
+    llm = llama3np.load(paths.EMBEDDED, dtype="float64")
+    reference_TV = embedded_arrays[f"logits/{EXACT['id']}"]
+    assert reference_TV.dtype == np.float64
+    ids = EXACT["prompt_ids"] + EXACT["generated_ids"]
+    assert np.abs(llm.forward(ids)[0] - reference_TV).max() < 1e-9
+
+
+@pytest.mark.parametrize("item", EMBEDDED_ITEMS)
+def test_embedded_text_by_its_name(item):
+    """From text to text: the tokenizer beside the weights, no BOS, the stop id."""
+    llm = llama3np.load("shakespeare")
+    (completion,) = llm.generate(item["prompt"], item["max_new_tokens"])
+    assert (completion.ids, completion.text) == (generated_with_stop(item), item["generated_text"])
+    assert llm.encode(item["prompt"]) == item["prompt_ids"]
+
+
+def test_embedded_ids_of_texts_are_those_of_the_tokenizers_library():
+    tokenizer = load_checkpoint(paths.EMBEDDED).tokenizer
+    for known in EMBEDDED["texts"]:
+        assert tokenizer.encode(known["text"]) == known["ids"]
+        assert tokenizer.decode(known["ids"]) == known["text"]
 
 
 # ---- SmolLM2-135M-Instruct, Q4_1 GGUF ------------------------------------------------------------

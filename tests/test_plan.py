@@ -14,6 +14,7 @@ from llama3np.cli.common import parse_bytes, show_bytes
 from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.load import inspect, load_checkpoint, save_gguf, save_hf, save_llama2c
+from llama3np.load.convert import convert
 from llama3np.params import named_shapes, random
 from llama3np.presets import PRESETS
 from llama3np.sample import Sampling
@@ -129,14 +130,15 @@ def test_the_table_says_what_the_json_says(capsys):
 
 
 def test_a_checkpoint_can_be_planned_for(capsys):
-    made = plan(capsys, paths.smollm2_gguf(), "--memory", "1G", "--bandwidth", "10GB/s")
-    assert made["parameters"] == 134_515_008
+    options = ("--memory", "1G", "--bandwidth", "10GB/s")
+    assert plan(capsys, paths.EMBEDDED, *options)["parameters"] == 820_480
+    assert plan(capsys, "shakespeare", *options)["parameters"] == 820_480
 
 
 @pytest.mark.parametrize(
     ("args", "complaint"),
     [
-        (("llama3-8B",), "llama3-8B: expected a path, smollm2, or one of llama2-7b, "),
+        (("llama3-8B",), "llama3-8B: expected a path, smollm2, shakespeare, or one of llama2-7b, "),
         (("llama3-8b", "--memory", "lots"), "--memory: expected a size such as 24GB"),
         (("llama3-8b", "--bandwidth", "fast/s"), "--bandwidth: expected a size"),
         (("llama3-8b", "--gpus", "3"), "divides n_kv_heads 8, found 3"),
@@ -199,14 +201,20 @@ def test_the_structure_is_shown_as_a_tree(capsys):
     assert lines[13] == "└── head_VD  is embed_VD"
 
 
-def test_a_gguf_is_told_by_its_header_alone(capsys, monkeypatch):
-    path = paths.smollm2_gguf()
+def test_a_gguf_is_told_by_its_header_alone(capsys, monkeypatch, tmp_path):
+    convert(paths.EMBEDDED, tmp_path / "x.gguf", dtype="q8_0")
     monkeypatch.setattr(sys.modules["llama3np.load.gguf"], "decode", None)
-    facts = info(capsys, path)
-    assert facts["parameters"] == 134_515_008
-    assert facts["bytes"]["Q4_1"] == 66_355_200  # 106,168,320 weights, 20 bytes for 32
-    assert facts["structure"]["embed_VD"] == {"shape": [49152, 576], "type": "Q8_0"}
+    facts = info(capsys, tmp_path / "x.gguf")
+    assert facts["parameters"] == 820_480
+    assert facts["bytes"]["Q8_0"] == 870_536  # 819,328 weights, 34 bytes for 32
+    assert facts["structure"]["embed_VD"] == {"shape": [257, 128], "type": "Q8_0"}
     assert facts["structure"]["head_VD"] == {"tied": "embed_VD"}
+    assert (facts["tokenizer"], facts["chat_format"]) == ("257 tokens", None)
+
+
+def test_the_tokenizer_and_chat_format_of_smollm2_are_told(capsys):
+    facts = info(capsys, paths.smollm2_gguf())
+    assert facts["bytes"]["Q4_1"] == 66_355_200  # 106,168,320 weights, 20 bytes for 32
     assert (facts["tokenizer"], facts["chat_format"]) == ("49152 tokens", "chatml")
 
 

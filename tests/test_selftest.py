@@ -1,6 +1,5 @@
 """selftest.py and its command: PASS for what is right, FAIL for each thing that is not."""
 
-import hashlib
 import json
 import sys
 from collections import Counter
@@ -15,7 +14,7 @@ from llama3np import backend, cli, selftest
 from llama3np.backend import Device
 from llama3np.cache import new_cache
 from llama3np.errors import InputError
-from llama3np.kernels.engine import Engine
+from llama3np.kernels.engine import ENGINES, Engine
 from llama3np.load import installed
 from llama3np.params import random
 from llama3np.sample import draw
@@ -32,7 +31,7 @@ def few(monkeypatch):
     monkeypatch.setattr(selftest, "HEADS", ((10, 3),))
     monkeypatch.setattr(selftest, "BATCHED", ("Q4_0",))
     monkeypatch.setattr(selftest, "default_model", lambda: None)
-    monkeypatch.setattr(selftest, "golden", lambda device, engine: "as known")
+    monkeypatch.setattr(selftest, "golden", lambda name, device, engine: "as known")
 
 
 def outcomes(device, path=None):
@@ -151,13 +150,20 @@ def test_what_was_not_run_changes_no_verdict():
 # ---- goldens ------------------------------------------------------------------------------------
 
 
-def test_the_goldens_are_a_part_of_those_of_the_tests():
+@pytest.mark.parametrize(
+    ("name", "file", "key", "count"),
+    [
+        ("smollm2", "smollm2_135m_q4_1.json", "gguf_sha256", 3),
+        ("shakespeare", "embedded.json", "weights_sha256", 2),
+    ],
+)
+def test_the_goldens_are_a_part_of_those_of_the_tests(name, file, key, count):
     """Which transformers and a float64 forward made: see goldens/README.md."""
-    text = (paths.GOLDENS / "smollm2_135m_q4_1.json").read_text(encoding="utf-8")
-    whole, known = json.loads(text), selftest.goldens()
+    text = (paths.GOLDENS / file).read_text(encoding="utf-8")
+    whole, known = json.loads(text), selftest.goldens(name)
     items = {item["id"]: item for item in whole["items"]}
-    assert known["sha256"] == whole["gguf_sha256"]
-    assert len(known["items"]) == 3
+    assert known["sha256"] == whole[key]
+    assert len(known["items"]) == count
     for item in known["items"]:
         assert item == golden_item(items[item["id"]], 16)
 
@@ -177,21 +183,27 @@ def golden_item(item, most):
 
 @pytest.fixture
 def known(monkeypatch):
-    """Goldens of a small model in the place of SmolLM2's, from the same other implementations."""
-    path = paths.shared("data/stories260K.bin")
-    whole = json.loads(paths.shared("goldens/stories260k.json").read_text(encoding="utf-8"))
-    items = [golden_item(item, 5) for item in whole["items"][:2]]
-    known = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "items": items}
-    monkeypatch.setattr(selftest, "installed", lambda name: path)
-    monkeypatch.setattr(selftest, "goldens", lambda: known)
+    """A few goldens of the embedded model, to be spoiled."""
+    known = selftest.goldens("shakespeare")
+    for item in known["items"]:
+        item |= {key: item[key][:5] for key in ("ids", "top5_ids", "top5_logits")}
+    monkeypatch.setattr(selftest, "goldens", {"shakespeare": known}.__getitem__)
     return known
 
 
+def test_the_embedded_model_gives_its_goldens():
+    steps = sum(len(item["ids"]) for item in selftest.goldens("shakespeare")["items"])
+    assert steps >= 20
+    for engine in ENGINES:
+        told = selftest.golden("shakespeare", CPU, engine)
+        assert told.startswith(f"{steps} greedy ids the same, logits ")
+
+
 def test_smollm2_gives_its_goldens(monkeypatch):
-    path, whole = paths.smollm2_gguf(), selftest.goldens()
-    monkeypatch.setattr(selftest, "installed", lambda name: path)
-    monkeypatch.setattr(selftest, "goldens", lambda: whole | {"items": whole["items"][1:2]})
-    assert selftest.golden(CPU, "numpy").startswith("16 greedy ids the same, logits ")
+    paths.smollm2_gguf()
+    whole = selftest.goldens("smollm2")
+    monkeypatch.setattr(selftest, "goldens", lambda _: whole | {"items": whole["items"][1:2]})
+    assert selftest.golden("smollm2", CPU, "numpy").startswith("16 greedy ids the same, logits ")
 
 
 def broken_golden(known, key):
@@ -213,25 +225,25 @@ WRONG_GOLDENS = {
 
 @pytest.mark.parametrize("key", WRONG_GOLDENS)
 def test_a_golden_that_is_not_met_fails(known, key):
-    assert "10 greedy ids the same" in selftest.golden(CPU, "numpy")
+    assert "10 greedy ids the same" in selftest.golden("shakespeare", CPU, "numpy")
     broken_golden(known, key)
     with pytest.raises(selftest.MismatchError, match=WRONG_GOLDENS[key]):
-        selftest.golden(CPU, "numpy")
+        selftest.golden("shakespeare", CPU, "numpy")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("engine", ["cupy", "cuda"])
 def test_goldens_are_met_on_a_device(known, engine):
-    assert "10 greedy ids the same" in selftest.golden(CUDA, engine)
+    assert "10 greedy ids the same" in selftest.golden("shakespeare", CUDA, engine)
     broken_golden(known, "logits")
     with pytest.raises(selftest.MismatchError, match=WRONG_GOLDENS["logits"]):
-        selftest.golden(CUDA, engine)
+        selftest.golden("shakespeare", CUDA, engine)
 
 
 @pytest.fixture
 def nothing_installed(few, monkeypatch):
     monkeypatch.setattr(selftest, "golden", GOLDEN)
-    monkeypatch.setitem(installed.MODELS, "smollm2", ("no-such-package", "1.2.3", ".gguf"))
+    monkeypatch.setitem(installed.PACKAGES, "smollm2", ("no-such-package", "1.2.3", ".gguf"))
 
 
 def test_goldens_of_a_model_that_is_not_installed_are_not_run(nothing_installed, tmp_path, capsys):
@@ -243,8 +255,9 @@ def test_goldens_of_a_model_that_is_not_installed_are_not_run(nothing_installed,
     assert f"not run: goldens smollm2, numpy: smollm2: {told}" in lines[-4:]
     assert lines[-1] == "PASS"
     report = json.loads((tmp_path / "report.json").read_text())
-    (outcome,) = {c["outcome"] for c in report["checks"] if c["part"] == "goldens"}
-    assert outcome == "NOT RUN"
+    found = {c["name"]: c["outcome"] for c in report["checks"] if c["part"] == "goldens"}
+    expected = {"smollm2": "NOT RUN", "shakespeare": "PASS"}
+    assert found == {f"{m}, {engine}": expected[m] for m in expected for engine in ENGINES}
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -252,7 +265,7 @@ def test_goldens_of_a_model_that_is_not_installed_are_not_run(nothing_installed,
 
 def test_the_command_ends_in_pass_and_writes_its_report(few, tmp_path, capsys):
     path = tmp_path / "report.json"
-    model = str(paths.shared("data/stories260K.bin"))
+    model = str(paths.EMBEDDED)
     assert cli.main(["selftest", model, "--report", str(path), "--no-speed"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "PASS"
@@ -289,7 +302,7 @@ def test_the_speed_of_a_model_is_measured(tmp_path):
     from llama3np import bench
 
     plan = bench.Plan(8, 4, 1, 8, 1)
-    found = selftest.measurements(CPU, str(paths.shared("data/stories260K.bin")), plan)
+    found = selftest.measurements(CPU, str(paths.EMBEDDED), plan)
     assert found["read_gb_s"] > 0
     assert found["sgemm_gflop_s"] > 0
     assert found["bench"]["decode"]["tokens_per_s"] > 0
@@ -315,7 +328,7 @@ def few_kernels(few, monkeypatch):
 @pytest.mark.gpu
 def test_a_device_passes(few_kernels):
     backend.use(CUDA)
-    found = outcomes(CUDA, str(paths.shared("data/stories260K.bin")))
+    found = outcomes(CUDA, str(paths.EMBEDDED))
     assert set(found.values()) == {selftest.PASS}, found
     parts = {name.partition(" ")[0] for name in found}
     assert parts == {
@@ -465,7 +478,7 @@ def test_a_model_on_a_device_is_benched(softcuda, monkeypatch):
     monkeypatch.setattr(limits, "READ", 1 << 16)
     monkeypatch.setattr(limits, "SQUARE", 64)
     monkeypatch.setattr(limits.cupy.cuda, "get_elapsed_time", lambda start, end: 0.5)
-    llm = load(paths.shared("data/stories260K.bin"), device="cuda")
+    llm = load(paths.EMBEDDED, device="cuda")
     report = bench.measure(llm, bench.Plan(4, 3, 1, 4, 1))
     assert (report["device"], report["threads"]) == ("cuda:0", None)
     assert report["decode"]["tokens_per_s"] > 0

@@ -1,5 +1,6 @@
 """The command `llama3np trace`: what it writes, says and refuses."""
 
+import hashlib
 import json
 import shutil
 import signal
@@ -200,10 +201,13 @@ def test_ctrl_c_leaves_nothing(tiny, tmp_path, out):
 # ---- a real model -------------------------------------------------------------------------------
 
 
-def test_smollm2_is_traced_from_a_text(command, capsys):
-    model = str(paths.smollm2_gguf())
-    assert main(["trace", model, "Gravity is", "-o", "t.npz", "--layers", "0", "--no-budgets"]) == 0
+def test_the_embedded_model_is_traced_from_a_text(command):
+    args = ("ROMEO:", "-o", "t.npz", "--layers", "0", "--no-budgets")
+    assert main(["trace", "shakespeare", *args]) == 0
     found = files.read("t.npz")
-    assert found.meta["ids"] == [22007, 6463, 314]
+    assert found.meta["ids"] == [82, 79, 77, 69, 79, 58]
     assert len(found.arrays) == 20
-    assert list(found.meta["files"]) == [paths.smollm2_gguf().name]
+    known = np.load(paths.GOLDENS / "embedded_arrays.npz")["taps/romeo/layers.0.h"]
+    assert np.abs(found.arrays["layers.0.h"] - known).max() < 1e-5 * np.abs(known).max()
+    weights = (paths.EMBEDDED / "model.safetensors").read_bytes()
+    assert found.meta["files"] == {"model.safetensors": hashlib.sha256(weights).hexdigest()}

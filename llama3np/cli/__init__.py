@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,10 +59,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         top.add_argument("--version", action="version", version=f"llama3np {__version__}")
         return top.parse_args(argv[:1])
     module = importlib.import_module(f"llama3np.cli.{argv[0]}")
-    command = Parser(prog=f"llama3np {argv[0]}", description=COMMANDS[argv[0]])
+    notes = getattr(module, "NOTES", None)
+    command = Parser(prog=f"llama3np {argv[0]}", description=COMMANDS[argv[0]], epilog=notes)
     if getattr(module, "TAKES_MODEL", True):
+        from llama3np.load.installed import MODELS  # not for --version, which needs no format
+
         model = command.add_argument(
-            "model", metavar="MODEL", help="a path, or an installed model: smollm2"
+            "model", metavar="MODEL", help=f"a path, or an installed model: {', '.join(MODELS)}"
         )
         if getattr(module, "MODEL_IS_OPTIONAL", False):
             model.nargs, model.required = "?", False
@@ -76,11 +80,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0, 2 for a user's mistake, 130, or 1."""
     open_streams()
-    end_by_signals()
     argv = sys.argv[1:] if argv is None else argv
     try:
-        args = parse(argv)
-        return args.run(args) or 0
+        with ended_by_signals():
+            args = parse(argv)
+            return args.run(args) or 0
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader has left, `| head` for example
@@ -94,15 +98,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, InputError) else 1
 
 
-def end_by_signals() -> None:
-    """Let a closed terminal or a kill end the command as Ctrl-C does: unfinished files go."""
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let a closed terminal or a kill end the command as Ctrl-C does: unfinished files go.
+
+    Handlers are as before once the block is left, for programs that call `main` themselves.
+    """
 
     def end(number: int, _: Any) -> NoReturn:
         raise SystemExit(128 + number)
 
-    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
-        if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
-            signal.signal(getattr(signal, name), end)
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # only that thread can
+    before = [(number, signal.signal(number, end)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            # None: it was set by other code than Python's, which cannot put it back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def open_streams() -> None:

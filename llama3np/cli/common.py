@@ -133,7 +133,7 @@ def model_facts(model: str, rope_factor: float | None = None) -> Inspection:
         return inspect(path, rope_factor)
     if model not in PRESETS:
         known = ", ".join(PRESETS)
-        raise InputError(f"{model}: expected a path, {' or '.join(MODELS)}, or one of {known}")
+        raise InputError(f"{model}: expected a path, {', '.join(MODELS)}, or one of {known}")
     config = PRESETS[model]
     tensors = {
         name: Stored(shape, "bfloat16", tensor_bytes(shape, "bf16"))

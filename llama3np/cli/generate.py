@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from llama3np.cli import common
 from llama3np.errors import InputError
 from llama3np.llm import Llama
+from llama3np.load.installed import EMBEDDED, is_embedded, means_model
+
+MODEL_IS_OPTIONAL = True
+NOTES = (
+    f"Without MODEL the model that comes with this package speaks, {EMBEDDED}, a small one that "
+    "writes plays letter by letter; without PROMPT as well it begins with a line break. One word "
+    "that is neither a model nor looks like a path is its PROMPT. As greedy text of so small a "
+    "model goes round in circles, it samples as its files recommend (temperature 0.8) where no "
+    "--temperature is given; --seed repeats a text."
+)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load, continue, print."""
+    choose_model(args)
     if (args.prompt is None) == (args.prompt_ids is None):
         raise InputError("generate: expected either PROMPT or --prompt-ids")
     for name in ("system", "chat_format"):
@@ -32,6 +44,23 @@ def run(args: argparse.Namespace) -> None:
     prompt_ids = ids_of(args, llm)
     timed = common.Timed(llm.stream(prompt_ids, **common.sampling_options(args, llm)))
     common.show(timed, prompt_ids, load_s, args.json, llm.tokenizer is not None)
+
+
+def choose_model(args: argparse.Namespace) -> None:
+    """Let the embedded model speak where none is named, with a prompt and a way to sample."""
+    word = args.model
+    if word is not None and args.prompt is args.prompt_ids is None and not means_model(word):
+        args.model, args.prompt = None, word  # the only word
+    if args.model is None:
+        args.model = EMBEDDED
+        if sys.stderr.isatty():
+            print(f"[{EMBEDDED}, the model that comes with llama3np]", file=sys.stderr)
+    if not is_embedded(args.model):
+        return
+    if args.prompt is args.prompt_ids is None and not args.chat:
+        args.prompt = "\n"
+    if args.temperature is None:
+        args.temperature = common.DEFAULT
 
 
 def ids_of(args: argparse.Namespace, llm: Llama) -> list[int]:

@@ -289,8 +289,8 @@ def write(
     progress(done, total, name) is told of each.
     Metadata values are bool, int, float, str, or lists of one of these. A number takes the
     smallest of uint32, int32, uint64, int64 that holds it (in a list: of int32, int64), and
-    float32 if that keeps its decimal, else float64. Raises InputError for anything else, and if
-    there is something at `path`.
+    float32 if that keeps its decimal, else float64; an empty list is one of strings. Raises
+    InputError for anything else, and if there is something at `path`.
     """
     path = Path(path)
     if version not in (2, 3):
@@ -358,6 +358,8 @@ def _packed(code: str, values: list[Any]) -> bytes:
 
 def _code(key: str, values: list[Any], int_codes: str) -> str:
     """The struct code, or s, of the first type that holds all the values without loss."""
+    if not values:  # only strings are looked for: llama.cpp refuses no merges of another type
+        return "s"
     types = {type(value) for value in values}
     if types <= {int}:
         for code in int_codes:
