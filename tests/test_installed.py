@@ -110,7 +110,7 @@ def test_one_word_is_a_prompt_of_the_embedded_model(capsys, words):
 def test_without_a_prompt_it_begins_with_a_line_break(capsys, words):
     found = json.loads(run(capsys, "generate", *words, "--temperature", 0, "--json"))
     known = ITEMS["line_break"]
-    assert found["prompt_ids"] == known["prompt_ids"] == [10]
+    assert found["prompt_ids"] == known["prompt_ids"]
     assert found["ids"][: known["max_new_tokens"]] == known["generated_ids"]
 
 

@@ -158,7 +158,7 @@ def test_an_out_that_is_not_empty_is_refused(trained, text):
     [
         ("--max-steps", STEPS + 1, STEPS),
         ("--seed", 1, 0),
-        ("--learning-rate", 0.5, 0.002),
+        ("--learning-rate", 0.5, 0.003),
         ("--preset", "small", "tiny"),
         ("--tokenizer", "bpe:300", "char"),
         ("--context", 17, 16),

@@ -138,7 +138,7 @@ def item(name: str, reference: Reference, model: Any, tokenizer: Any) -> dict[st
     sure = int((margins_T > MARGIN).int().cumprod(0).sum())
     ids, logits_TV = ids[:sure], logits_TV[:sure]
     assert logits_TV.argmax(-1).tolist() == ids, f"{name}: transformers and float64 differ"
-    stop = set(ids) & {model.generation_config.eos_token_id}
+    stop = set(ids) & set(np.ravel(model.generation_config.eos_token_id).tolist())
     text_ids = ids[:-1] if stop else ids
     return {
         "id": name,
