@@ -1,9 +1,10 @@
 """Attention for training: the numbers of the plain operations, in fewer passes over them.
 
 Queries go in stripes of TILE positions. A stripe has scores with the keys up to its own end alone,
-so nearly half of all is never computed; and only its last TILE columns need a mask. Between two
-products a stripe of scores is gone over five times forward and twice backward, where plain array
-operations take ten and four:
+so that of T = 256 positions three eighths are never computed, of many nearly half; and only its
+last TILE columns need a mask. Between two products a stripe of scores is gone over four times
+forward (maximum, difference, e^, sum) and twice backward, where plain array operations take seven
+and five:
 
     forward     e = e^(scores - max), kept; attn = (e v) / sum e: divided where there is less of it
     backward    with u = d_attn / sum e:  d_v = e^T u,  d_scores = e (u v^T - sum_H(u attn))
