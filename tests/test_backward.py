@@ -4,6 +4,7 @@ import itertools
 import json
 import sys
 import threading
+import time
 from functools import partial
 from unittest import mock
 
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import GOLDENS
 from strategies import Model, models, pairings, seeds
+from threadpoolctl import threadpool_info
 
 from llama3np import model
 from llama3np.config import Config, RopeScaling
@@ -359,6 +361,7 @@ def test_a_wrong_id_is_told_with_its_row_of_the_batch():
         BatchGradient(drawn.config, 2, part=2)(float64(drawn), batch)
 
 
+@pytest.mark.timeout(30)
 @pytest.mark.parametrize("failing", range(5))
 def test_an_error_in_one_part_ends_all_and_harms_no_later_batch(failing):
     drawn = Model(Config(4, 1, 2, 1, 2, 4, 5), 0)
@@ -367,6 +370,7 @@ def test_an_error_in_one_part_ends_all_and_harms_no_later_batch(failing):
 
     def sometimes(*args):
         if next(calls) == failing:
+            time.sleep(0.05)  # so that the other threads have come to wait for this part
             raise MemoryError("none left")
         return whole(*args)
 
@@ -397,6 +401,19 @@ def test_few_gradients_exist_at_a_time_though_one_part_takes_long():
         BatchGradient(drawn.config, threads, part=3)(flat, batch)
     assert len(begun) == 40
     assert most[0] <= 2 * threads
+
+
+def test_a_part_has_one_thread_of_blas_and_recomputes_if_told_to():
+    drawn = Model(Config(4, 2, 2, 1, 2, 4, 5), 0)
+    seen, whole = [], backward.again
+
+    def again(*args):
+        seen.extend(library["num_threads"] for library in threadpool_info())
+        return whole(*args)
+
+    with mock.patch.object(backward, "again", again):
+        BatchGradient(drawn.config, 2, recompute=True)(float64(drawn), batch_of(0, 5, 2, 3))
+    assert set(seen) == {1}
 
 
 def test_threads_change_no_bit_where_blas_would_use_several():
