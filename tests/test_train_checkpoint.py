@@ -188,7 +188,9 @@ def test_metrics_are_cut_back_to_what_a_checkpoint_knows_of(tmp_path):
     with metrics.path.open("ab") as file:
         file.write(b'{"step": 3, "lo')
     again = Metrics(metrics.path, length)
+    assert again.sync() == length == metrics.path.stat().st_size  # with nothing added yet
     again.write(step=2, loss=2.0)
+    assert again.sync() == metrics.path.stat().st_size
     assert read(metrics.path) == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0}]
 
 

@@ -12,7 +12,7 @@ import faults
 import numpy as np
 import pytest
 import trainings
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import llama3np
@@ -142,20 +142,46 @@ def test_the_validation_loss_is_the_mean_over_all_targets(unbroken, rows, length
 # ---- interruptions -----------------------------------------------------------------------------
 
 
-@given(st.lists(st.integers(0, 40), max_size=3), st.sampled_from([signal.SIGINT, signal.SIGTERM]))
-@settings(max_examples=12)
-def test_a_signal_at_any_time_and_going_on_is_an_unbroken_run(
-    begun, unbroken, tmp_path_factory, times, number
+@st.composite
+def interruptions(draw):
+    """(what, when): a signal at the n-th of the things a loop does, or death at its n-th call."""
+    if draw(st.booleans()):
+        return "dies", draw(st.integers(0, 240))  # of 233 in all
+    # the first event of all is between the opening of metrics.jsonl and its first line
+    number = draw(st.sampled_from([signal.SIGINT, signal.SIGTERM]))
+    return number, draw(st.just(0) | st.integers(0, 40))
+
+
+@given(st.lists(interruptions(), max_size=4))
+@example([("dies", 95), (signal.SIGINT, 0)])  # metrics.jsonl is cut back, and nothing added to it
+@settings(max_examples=16)
+def test_interruptions_of_any_kinds_and_going_on_are_an_unbroken_run(
+    begun, unbroken, tmp_path_factory, several
 ):
-    """The signal comes at the n-th of the things a loop does, between or in the middle of them."""
     out = copied(begun, tmp_path_factory)
-    for time in times:
-        with at_event(time, lambda: os.kill(os.getpid(), number)) as seen:
-            done = trainings.go_on(out)
-        came = len(seen) > time
-        assert done.signal == (number if came and done.signal else None)
+    for what, when in several:
+        if what == "dies":
+            killed(out, when)
+        else:
+            signalled(out, what, when)
     assert trainings.go_on(out).signal is None
     assert trainings.outcome(out) == trainings.outcome(unbroken)
+    assert not list(out.rglob("*.partial"))
+
+
+def killed(out, time):
+    """A process that dies at a call of the system leaves a model."""
+    with faults.injected(time, kills=True), suppress(faults.Killed):
+        trainings.go_on(out)
+    assert llama3np.load(out, engine="numpy").config.dim == trainings.SIZES.dim
+
+
+def signalled(out, number, time):
+    """A signal comes between or in the middle of the things a loop does."""
+    with at_event(time, lambda: os.kill(os.getpid(), number)) as seen:
+        done = trainings.go_on(out)
+    came = len(seen) > time
+    assert done.signal == (number if came and done.signal else None)
 
 
 class at_event:  # noqa: N801  reads as a phrase
@@ -187,23 +213,6 @@ class at_event:  # noqa: N801  reads as a phrase
             return real(*args, **options)
 
         return call
-
-
-@given(st.lists(st.integers(0, 130), min_size=1, max_size=2))
-@settings(max_examples=10)
-def test_a_kill_at_any_call_of_the_system_and_going_on_is_an_unbroken_run(
-    begun, unbroken, tmp_path_factory, times
-):
-    out = copied(begun, tmp_path_factory)
-    for time in times:
-        with faults.injected(time, kills=True), suppress(faults.Killed):
-            trainings.go_on(out)
-        assert (
-            llama3np.load(out, engine="numpy").config.dim == trainings.SIZES.dim
-        )  # a model at any time
-    trainings.go_on(out)
-    assert trainings.outcome(out) == trainings.outcome(unbroken)
-    assert not list(out.rglob("*.partial"))
 
 
 def test_a_second_signal_ends_at_once(begun, tmp_path_factory, monkeypatch):
