@@ -1,11 +1,14 @@
 """The training loop: whatever stops it, --resume ends where an unbroken run does, bit for bit."""
 
+import itertools
 import json
 import math
 import os
 import shutil
 import signal
 from contextlib import suppress
+from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import faults
@@ -21,8 +24,9 @@ from llama3np.errors import InputError
 from llama3np.load.huggingface import tokenizer_of
 from llama3np.train import checkpoint, curve, evaluation, loop, metrics, result, tokens
 from llama3np.train.optimizer import AdamW, clip, learning_rate
-from llama3np.train.parts import BatchGradient
-from llama3np.train.settings import PRESETS, Settings, initial
+from llama3np.train.parts import PART, BatchGradient
+from llama3np.train.progress import Progress
+from llama3np.train.settings import PRESETS, changed, initial
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +83,7 @@ def test_the_model_in_out_is_that_of_the_lowest_validation_loss(unbroken):
 
 def test_a_model_that_gets_worse_does_not_replace_the_best(begun, tmp_path_factory, monkeypatch):
     out = copied(begun, tmp_path_factory)
-    losses = iter([3.0, 2.0, 2.5, 2.5])
+    losses = iter([3.0, 2.0, 2.0, 2.5])  # as good is not better
     monkeypatch.setattr(evaluation, "mean_loss", lambda *_: next(losses))
     written = []
     monkeypatch.setattr(loop, "replace_weights", lambda out, params: written.append(len(written)))
@@ -102,6 +106,47 @@ def test_each_step_is_clipped_adamw_at_the_rate_of_the_schedule(begun, unbroken)
     np.testing.assert_array_equal(found.second.vector, second.vector)
     lines = [line for line in metrics.read(unbroken / "metrics.jsonl") if "loss" in line]
     assert (lines[-1]["loss"], lines[-1]["lr"]) == (loss, rate)
+
+
+def test_batches_that_are_accumulated_are_one_larger_batch(tmp_path):
+    """Bit for bit, because a gradient is added up part by part, whatever batch a part is of."""
+    outcomes = []
+    for rows, times in ((3, 2), (6, 1)):
+        directory = tmp_path / str(rows)
+        directory.mkdir()
+        out = trainings.begin(directory, given={"rows": rows, "accumulate": times})
+        trainings.go_on(out)
+        lines, _, *rest = trainings.outcome(out)
+        outcomes.append((lines, rest))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_speed_is_targets_by_seconds_of_steps(tmp_path, monkeypatch):
+    out = trainings.begin(tmp_path, given={"accumulate": 2})
+    ticks = itertools.count()  # a second passes from one look at the clock to the next
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    done = trainings.go_on(out)
+    lines = metrics.read(out / "metrics.jsonl")
+    assert {line["tokens_per_s"] for line in lines if "loss" in line} == {2 * 3 * 8.0}
+    assert done.tokens_per_s == 2 * 3 * 8.0
+    assert done.seconds == 2 * 7 + 1  # all looks since the first
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("device", "threads", "part"), [(CPU, 3, PART), (Device("cuda"), 1, 3 * 8)]
+)
+def test_the_gradient_is_computed_as_the_settings_and_the_device_want_it(
+    begun, tmp_path_factory, recompute, device, threads, part
+):
+    """A device runs one part after the other, and each of them is as large as a batch."""
+    out = copied(begun, tmp_path_factory)
+    run, state = checkpoint.load(out / checkpoint.FILE, CPU)
+    run = run._replace(settings=replace(run.settings, recompute=recompute))
+    made = loop.Training(out, run, state, device, 3, Progress(0, 7))
+    made.metrics.close()
+    gradient = made.gradient
+    assert (gradient.recompute, gradient.pool.threads, gradient.part) == (recompute, threads, part)
 
 
 @pytest.mark.cuda
@@ -268,6 +313,41 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_the_checkpoint_stays(
     assert "NaN" not in (out / "metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_validation_loss_that_is_not_finite_ends_the_training_as_well(
+    begun, tmp_path_factory, monkeypatch, wrong
+):
+    out, losses = copied(begun, tmp_path_factory), iter([3.0, wrong])
+    monkeypatch.setattr(evaluation, "mean_loss", lambda *_: next(losses))
+    with pytest.raises(InputError, match=rf"the loss is {wrong} .* a lower --learning-rate"):
+        trainings.go_on(out)
+    _, state = checkpoint.load(out / checkpoint.FILE, CPU)
+    assert (state.step, state.best) == (2, 3.0)
+    assert len(metrics.read(out / "metrics.jsonl")) == 1 + 3  # no line of that validation
+
+
+def test_a_checkpoint_comes_after_the_metrics_it_knows_of_are_on_the_disk(
+    begun, tmp_path_factory, monkeypatch
+):
+    """What a power cut would show, with lines in the system's memory alone."""
+    out, on_disk = copied(begun, tmp_path_factory), []
+    real_sync, real_save = os.fsync, checkpoint.save
+    path = out / "metrics.jsonl"
+
+    def sync(descriptor):
+        real_sync(descriptor)
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            on_disk.append(path.stat().st_size)
+
+    def save(*args):
+        assert on_disk[-1] == path.stat().st_size == args[2].metrics
+        real_save(*args)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert trainings.go_on(out).steps == len(on_disk) + 3 == 7  # checkpoints of 2, 4, 6 and 7
+
+
 def test_a_picture_or_sample_that_fails_is_told_once_and_loses_nothing(
     begun, unbroken, tmp_path_factory, monkeypatch, capsys
 ):
@@ -336,10 +416,40 @@ def test_first_weights_are_normal_narrower_into_the_residual_stream_and_tell_the
     assert (initial(config, 4).embed_VD != params.embed_VD).mean() > 0.99
 
 
-def test_settings_out_of_range_are_named():
-    for name, value in {"rows": 0, "steps": 2.5, "learning_rate": -1.0, "seed": -1}.items():
-        with pytest.raises(InputError, match=f"{name}: expected"):
-            Settings(**{**vars(trainings.SETTINGS), name: value})
+NAN, INF = math.nan, math.inf
+OUT_OF_RANGE = {
+    **dict.fromkeys(("context", "rows", "steps", "accumulate"), (0, -1, 2.5, "3", True, None)),
+    **dict.fromkeys(("eval_every", "checkpoint_every"), (0, -1, 2.5, "3", True, None)),
+    **dict.fromkeys(("warmup", "seed"), (-1, 0.5, "3", False, None)),  # no sequence of seeds
+    "lora": (0, -1, 1.5, "8", True),
+    "recompute": (0, 1, None, "yes"),
+    "learning_rate": (0, -1.0, NAN, INF, "1", True, None),
+    "epsilon": (0, -1e-8, NAN, INF, "1", True, None),
+    "clip": (0.0, -1, NAN, INF, "1", True, None),
+    "decay": (-0.1, NAN, INF, "1", False, None),
+    "floor": (-0.1, 1.1, NAN, "1", True, None),
+    **dict.fromkeys(("beta1", "beta2"), (-0.1, 1.0, NAN, "0", False, None)),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_settings_out_of_range_are_named(name):
+    for value in OUT_OF_RANGE[name]:
+        with pytest.raises(InputError, match=f"^{name}: expected .*, found {value}$"):
+            replace(trainings.SETTINGS, **{name: value})
+
+
+def test_every_setting_has_a_range_and_its_ends_are_inside():
+    assert set(OUT_OF_RANGE) == set(vars(trainings.SETTINGS))
+    ends = {"warmup": 0, "seed": 0, "decay": 0, "floor": 0, "beta1": 0, "beta2": 0.0, "lora": 1}
+    assert vars(replace(trainings.SETTINGS, **ends)).items() >= ends.items()
+    assert replace(trainings.SETTINGS, floor=1).floor == 1
+
+
+@given(st.integers(1, 3000), st.integers(0, 300))
+def test_the_warm_up_is_a_tenth_of_the_steps_at_most(steps, warmup):
+    found = changed(replace(trainings.SETTINGS, warmup=warmup), steps=steps, lora=None)
+    assert (found.steps, found.warmup) == (steps, min(warmup, steps // 10))
 
 
 def test_a_beginning_that_fails_leaves_nothing(tmp_path):
