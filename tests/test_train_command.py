@@ -24,6 +24,7 @@ from llama3np.params import random
 from llama3np.train import checkpoint, metrics, start
 from llama3np.train.settings import Preset
 
+pytestmark = pytest.mark.usefixtures("signals_heeded")
 COMMAND = [sys.executable, "-c", "import sys; from llama3np.cli import main; sys.exit(main())"]
 STEPS = 60
 SMALL = ("--context", "16", "--rows", "2", "--eval-every", "25", "--max-steps", str(STEPS))

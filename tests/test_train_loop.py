@@ -28,6 +28,8 @@ from llama3np.train.parts import PART, BatchGradient
 from llama3np.train.progress import Progress
 from llama3np.train.settings import PRESETS, changed, initial
 
+pytestmark = pytest.mark.usefixtures("signals_heeded")
+
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
@@ -271,6 +273,22 @@ def test_a_second_signal_ends_at_once(begun, tmp_path_factory, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         trainings.go_on(out)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_that_was_ignored_stays_so(begun, unbroken, tmp_path_factory, name):
+    """Under nohup, or in the background of a script, a training outlives its terminal."""
+    if not hasattr(signal, name):
+        pytest.skip(f"this system has no {name}")
+    out, number = copied(begun, tmp_path_factory), getattr(signal, name)
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with at_event(5, lambda: os.kill(os.getpid(), number)):
+            assert trainings.go_on(out).signal is None
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+    assert trainings.outcome(out) == trainings.outcome(unbroken)
 
 
 def test_a_full_disk_is_one_sentence_and_the_training_goes_on_later(
