@@ -53,6 +53,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path_factory, training):
     path = tmp_path_factory.mktemp("run") / "checkpoint.safetensors"
     checkpoint.save(path, *training)
     assert bits(checkpoint.load(path, CPU)) == bits(training)
+    assert checkpoint.load_run(path) == training[0]
     assert checkpoint.load(path, CPU)[1].params.vector.flags.writeable
 
 
