@@ -1,11 +1,14 @@
 """The training loop: whatever stops it, --resume ends where an unbroken run does, bit for bit."""
 
+import errno
 import itertools
 import json
 import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
@@ -22,7 +25,7 @@ import llama3np
 from llama3np.backend import CPU, Device
 from llama3np.errors import InputError
 from llama3np.load.huggingface import tokenizer_of
-from llama3np.train import checkpoint, curve, evaluation, loop, metrics, result, tokens
+from llama3np.train import checkpoint, curve, evaluation, lock, loop, metrics, result, tokens
 from llama3np.train.optimizer import AdamW, clip, learning_rate
 from llama3np.train.parts import PART, BatchGradient
 from llama3np.train.progress import Progress
@@ -289,6 +292,49 @@ def test_a_signal_that_was_ignored_stays_so(begun, unbroken, tmp_path_factory, n
     finally:
         signal.signal(number, before)
     assert trainings.outcome(out) == trainings.outcome(unbroken)
+
+
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "ab")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time_trains_and_a_kill_locks_nobody_out(
+    begun, unbroken, tmp_path_factory
+):
+    pytest.importorskip("fcntl")
+    out = copied(begun, tmp_path_factory)
+    command = [sys.executable, "-c", HOLDER, str(out / lock.FILE)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.read(4) == b"held"
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+        with pytest.raises(InputError, match=rf"^{out}: another process is training there; "):
+            trainings.go_on(out)
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+        other.kill()
+    trainings.go_on(out)
+    assert trainings.outcome(out) == trainings.outcome(unbroken)
+
+
+def test_a_file_system_without_locks_is_trained_on(begun, tmp_path_factory, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert trainings.go_on(copied(begun, tmp_path_factory)).steps == 7
+
+
+def test_where_no_training_was_begun_none_is_locked(tmp_path):
+    (tmp_path / "training").mkdir()
+    with pytest.raises(InputError, match=r"checkpoint\.safetensors: cannot be read"):
+        trainings.go_on(tmp_path)
+    assert list((tmp_path / "training").iterdir()) == []
 
 
 def test_a_full_disk_is_one_sentence_and_the_training_goes_on_later(

@@ -10,7 +10,7 @@
 | tokens.py     | token files, windows and batches, over texts.py; dialogs.py: chat data         |
 | settings.py   | presets, hyperparameters, the first weights                                   |
 | start.py      | the beginning: all that the loop needs, on disk                               |
-| loop.py       | steps, validations, checkpoints, over evaluation.py and signals.py            |
+| loop.py       | steps, validations, checkpoints, over evaluation.py, signals.py and lock.py   |
 | checkpoint.py | what a training goes on from; durable.py: files that no crash leaves in halves |
 | result.py     | the model that comes out                                                      |
 | metrics.py    | metrics.jsonl; curve.py: loss.png; progress.py: what is told meanwhile         |
