@@ -484,7 +484,9 @@ NAN, INF = math.nan, math.inf
 OUT_OF_RANGE = {
     **dict.fromkeys(("context", "rows", "steps", "accumulate"), (0, -1, 2.5, "3", True, None)),
     **dict.fromkeys(("eval_every", "checkpoint_every"), (0, -1, 2.5, "3", True, None)),
-    **dict.fromkeys(("warmup", "seed"), (-1, 0.5, "3", False, None)),  # no sequence of seeds
+    **dict.fromkeys(
+        ("warmup", "seed"), (-1, 0.5, "3", False, None)
+    ),  # NumPy takes no negative seed
     "lora": (0, -1, 1.5, "8", True),
     "recompute": (0, 1, None, "yes"),
     "learning_rate": (0, -1.0, NAN, INF, "1", True, None),
