@@ -1,7 +1,11 @@
 """Gradients against central differences, op by op and whole, and the laws they obey."""
 
+import itertools
 import json
+import sys
+import threading
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,9 +22,11 @@ from llama3np.errors import InputError
 from llama3np.params import named, named_shapes
 from llama3np.train import backward, tiles
 from llama3np.train.backward import cross_entropy, loss_and_gradients
+from llama3np.train.evaluation import summed_loss
 from llama3np.train.flat import Flat
 from llama3np.train.gradients import Sums
 from llama3np.train.parts import BACK, OPS, Batch, BatchGradient
+from llama3np.train.settings import PRESETS, initial
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -60,9 +66,9 @@ def test_linear(xp, seed, T, n_in, n_out):
     x_BTI, w = normal(seed, (2, T, n_in), (n_out, n_in))
 
     def both(d_y_BTO, x_BTI, w):
-        grad = Flat.zeros({"w": w.shape}, np.float64, xp)
-        Sums(grad).product("w", d_y_BTO.reshape(-1, n_out), x_BTI.reshape(-1, n_in))
-        return backward.linear(d_y_BTO, w), grad.tensors["w"]
+        grad, d_y_MO = Flat.zeros({"w": w.shape}, np.float64, xp), d_y_BTO.reshape(-1, n_out)
+        Sums(grad).product("w", d_y_MO, x_BTI.reshape(-1, n_in))
+        return backward.linear(d_y_MO, w).reshape(x_BTI.shape), grad.tensors["w"]
 
     assert_gradients(model.linear, both, x_BTI, w, xp=xp)
 
@@ -100,6 +106,24 @@ def test_attention(xp, ops, seed, B, K, G, T, H):
             return backward_ops.attention(d_attn_BTNH, *qkv, seen)
 
     assert_gradients(attend, back, q_BTNH, k_BKSH, v_BKSH, xp=xp)
+
+
+@given(seeds, st.integers(1, 9))
+def test_tiles_of_huge_scores_are_the_plain_attention(seed, T):
+    """e^score would overflow, and 10,000 less would not hide a later key."""
+    q_BTNH, k_BKSH, v_BKSH, d_attn_BTNH = normal(
+        seed, (1, T, 4, 3), (1, 2, T, 3), (1, 2, T, 3), (1, T, 4, 3)
+    )
+    k_BKSH[..., 0] += 1e6 * np.arange(1, T + 1) * np.sign(q_BTNH[0, 0, 0, 0])
+    positions_BT, found = np.arange(T)[None], []
+    for forward_ops, backward_ops in (PLAIN, TILED):
+        seen = {}
+        seen["attn"] = forward_ops.attention(q_BTNH, k_BKSH, v_BKSH, positions_BT, seen.__setitem__)
+        back = backward_ops.attention(d_attn_BTNH, q_BTNH, k_BKSH, v_BKSH, seen)
+        found.append((seen["attn"], *back))
+    for plain, tiled in zip(*found, strict=True):
+        assert np.isfinite(tiled).all()
+        np.testing.assert_allclose(tiled, plain, atol=1e-6 * max(1, np.abs(plain).max()))
 
 
 @given(seeds, sizes, sizes, st.sampled_from([1.0, 30.0]))
@@ -171,25 +195,25 @@ def test_the_whole_model(ops, drawn, seed, B, T, recompute):
     """Some entries of every tensor, and all of them together along one direction."""
     config, flat = drawn.config, float64(drawn)
     batch = batch_of(seed, config.vocab_size, B, T)
-    _, grad_P = gradient(flat, config, batch, ops, recompute)
-    grads = Flat(grad_P, flat.shapes).tensors
+    _, grad = gradient(flat, config, batch, ops, recompute)
+    grads = Flat(grad, flat.shapes).tensors
     rng = np.random.default_rng(seed)
 
     def loss():
-        return gradient(flat, config, batch)[0]
+        return summed_loss(flat.params(config), config, batch)
 
     for name, w in flat.tensors.items():
         at = rng.choice(w.size, min(w.size, 3), replace=False)
         expected = central(loss, w, at)
         assert_derivative(grads[name].reshape(-1)[at], expected, name, scale=grads[name])
-    start_P, along_P, step = flat.vector.copy(), rng.standard_normal(grad_P.size), np.zeros(1)
+    start, along, step = flat.vector.copy(), rng.standard_normal(grad.size), np.zeros(1)
 
     def loss_along():
-        flat.vector[:] = start_P + step[0] * along_P
+        flat.vector[:] = start + step[0] * along
         return loss()
 
     (expected,) = central(loss_along, step)
-    assert grad_P @ along_P == pytest.approx(expected, rel=1e-6, abs=1e-8)
+    assert grad @ along == pytest.approx(expected, rel=1e-6, abs=1e-8)
 
 
 @settings(max_examples=15)
@@ -199,11 +223,11 @@ def test_cupy_gives_the_gradients_of_numpy(drawn, seed, recompute):
     cupy = pytest.importorskip("cupy")
     batch, flat = batch_of(seed, drawn.config.vocab_size, 2, 5), float64(drawn)
     for ops in (PLAIN, TILED):
-        loss, grad_P = gradient(flat, drawn.config, batch, ops, recompute)
-        there, there_P = gradient(flat, drawn.config, batch, ops, recompute, cupy)
+        loss, grad = gradient(flat, drawn.config, batch, ops, recompute)
+        there, there_grad = gradient(flat, drawn.config, batch, ops, recompute, cupy)
         assert there == pytest.approx(loss, rel=1e-12, abs=1e-12)
         np.testing.assert_allclose(
-            there_P, grad_P, rtol=1e-9, atol=1e-12 * max(1, abs(grad_P).max())
+            there_grad, grad, rtol=1e-9, atol=1e-12 * max(1, abs(grad).max())
         )
 
 
@@ -218,29 +242,90 @@ def test_what_stands_after_the_last_target_has_no_influence(drawn, seed, T, ops)
         ids_BT=np.where(padding_BT, others_BT, batch.ids_BT),
         targets_BT=np.where(padding_BT, others_BT, batch.targets_BT),
     )
-    loss, grad_P = gradient(flat, drawn.config, batch, ops)
-    other_loss, other_P = gradient(flat, drawn.config, changed, ops)
+    loss, grad = gradient(flat, drawn.config, batch, ops)
+    other_loss, other_grad = gradient(flat, drawn.config, changed, ops)
     assert other_loss == loss
-    np.testing.assert_array_equal(other_P, grad_P)
+    np.testing.assert_array_equal(other_grad, grad)
 
 
 @given(drawn_models, seeds, st.integers(1, 4), st.integers(1, 6))
 def test_gradients_of_rows_add_up(drawn, seed, B, T):
     batch, flat = batch_of(seed, drawn.config.vocab_size, B, T), float64(drawn)
-    loss, grad_P = gradient(flat, drawn.config, batch)
+    loss, grad = gradient(flat, drawn.config, batch)
     rows = [Batch(*(array[b : b + 1] for array in batch)) for b in range(B)]
     losses, grads = zip(*(gradient(flat, drawn.config, row) for row in rows), strict=True)
     assert sum(losses) == pytest.approx(loss, rel=1e-12, abs=1e-14)
-    np.testing.assert_allclose(sum(grads), grad_P, atol=1e-11 * max(1, abs(grad_P).max()))
+    np.testing.assert_allclose(sum(grads), grad, atol=1e-11 * max(1, abs(grad).max()))
 
 
 @given(drawn_models, seeds, st.integers(1, 6), st.sampled_from([PLAIN, TILED]))
 def test_recomputing_gives_the_same_bits(drawn, seed, T, ops):
     batch, flat = batch_of(seed, drawn.config.vocab_size, 2, T), float64(drawn)
     kept = gradient(flat, drawn.config, batch, ops)
-    again = gradient(flat, drawn.config, batch, ops, recompute=True)
+    with mock.patch.object(backward, "again", wraps=backward.again) as computed:
+        again = gradient(flat, drawn.config, batch, ops, recompute=True)
+    assert computed.call_count == drawn.config.n_layers
     assert kept[0] == again[0]
     np.testing.assert_array_equal(kept[1], again[1])
+
+
+def test_recomputing_keeps_the_residual_stream_alone():
+    taps = backward.Taps(2, recompute=True)
+    for name in ("embed", "layers.0.q_rope", "layers.0.h", "layers.1.act", "layers.1.h", "norm"):
+        taps(name, name)
+    assert (taps.h, taps.blocks, taps.norm) == (
+        ["embed", "layers.0.h", "layers.1.h"],
+        [{}, {}],
+        "norm",
+    )
+
+
+@given(drawn_models, seeds)
+def test_gradients_are_added_to_what_is_there(drawn, seed):
+    batch, flat = batch_of(seed, drawn.config.vocab_size, 2, 3), float64(drawn)
+    into = Sums(flat.like())
+    for _ in range(2):
+        loss_and_gradients(flat.params(drawn.config), drawn.config, *batch, into)
+    once = gradient(flat, drawn.config, batch)[1]
+    np.testing.assert_allclose(into.flat.vector, 2 * once, atol=1e-12 * max(1, abs(once).max()))
+
+
+@pytest.mark.parametrize("ops", [PLAIN, TILED], ids=["plain", "tiles"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_step_in_float32_is_float32_throughout(xp, ops, recompute):
+    """Nothing that an operation is given or returns, and nothing that gradients are added of."""
+    config = Config(12, 2, 4, 2, 6, 20, 23, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16))
+    flat = Flat.of(Model(config, 0).tensors, xp=xp)
+    ids_BT, targets_BT, weights_BT = batch_of(0, 23, 2, 70)
+    grad = Flat.zeros(flat.shapes, xp=xp)
+    watched = [type(each)(*map(only_float32, each)) for each in ops]
+    into = mock.Mock(wraps=Sums(grad))
+    loss_and_gradients(
+        flat.params(config), config, ids_BT, xp.asarray(targets_BT),
+        xp.asarray(weights_BT.astype(np.float32)), into, *watched, recompute,
+    )  # fmt: skip
+    assert len(into.method_calls) == 1 + 1 + 2 * 9 + 1
+    for call in into.method_calls:
+        assert all(a.dtype == np.float32 for a in call.args[1:] if a.dtype.kind == "f"), call.args[
+            0
+        ]
+
+
+def only_float32(op):
+    def watched(*args, **options):
+        found = op(*args, **options)
+        assert_float32(op, (args, options, found))
+        return found
+
+    return watched
+
+
+def assert_float32(op, tree):
+    if isinstance(tree, (tuple, list, dict)):
+        for member in tree.values() if isinstance(tree, dict) else tree:
+            assert_float32(op, member)
+    elif hasattr(tree, "dtype") and tree.dtype.kind == "f":
+        assert tree.dtype == np.float32, f"{op.__module__}.{op.__name__}: {tree.dtype}"
 
 
 @given(drawn_models)
@@ -257,20 +342,77 @@ def test_a_model_of_zeros_has_the_loss_of_chance(drawn):
 @given(drawn_models, seeds, st.integers(1, 7), st.integers(1, 5), st.integers(1, 12), st.booleans())
 def test_parts_make_the_batch_whatever_the_threads(drawn, seed, B, T, part, recompute):
     batch, flat = batch_of(seed, drawn.config.vocab_size, B, T), float64(drawn)
-    loss, grad_P = gradient(flat, drawn.config, batch)
+    loss, grad = gradient(flat, drawn.config, batch)
     found = [
         BatchGradient(drawn.config, threads, recompute, part)(flat, batch) for threads in (1, 3)
     ]
     assert found[0][0] == found[1][0] == pytest.approx(loss, rel=1e-12, abs=1e-14)
     np.testing.assert_array_equal(found[0][1].vector, found[1][1].vector)
-    np.testing.assert_allclose(found[0][1].vector, grad_P, atol=1e-11 * max(1, abs(grad_P).max()))
+    np.testing.assert_allclose(found[0][1].vector, grad, atol=1e-11 * max(1, abs(grad).max()))
 
 
-def test_a_mistake_in_one_part_is_told():
+def test_a_wrong_id_is_told_with_its_row_of_the_batch():
     drawn = Model(Config(4, 1, 2, 1, 2, 4, 5), 0)
-    batch = Batch(np.full((4, 2), 5), np.zeros((4, 2), int), np.full((4, 2), 1 / 8))
-    with pytest.raises(InputError, match="5"):
+    batch = Batch(np.zeros((9, 2), int), np.zeros((9, 2), int), np.full((9, 2), 1 / 18))
+    batch.ids_BT[7, 1] = 5
+    with pytest.raises(InputError, match="row 7, position 1"):
         BatchGradient(drawn.config, 2, part=2)(float64(drawn), batch)
+
+
+@pytest.mark.parametrize("failing", range(5))
+def test_an_error_in_one_part_ends_all_and_harms_no_later_batch(failing):
+    drawn = Model(Config(4, 1, 2, 1, 2, 4, 5), 0)
+    flat, batch = float64(drawn), batch_of(0, 5, 12, 3)
+    calls, whole = itertools.count(), backward.loss_and_gradients
+
+    def sometimes(*args):
+        if next(calls) == failing:
+            raise MemoryError("none left")
+        return whole(*args)
+
+    of_batch = BatchGradient(drawn.config, 3, part=3)
+    failing_one = mock.patch.object(backward, "loss_and_gradients", sometimes)
+    with failing_one, pytest.raises(MemoryError, match="none left"):
+        of_batch(flat, batch)
+    np.testing.assert_array_equal(
+        of_batch(flat, batch)[1].vector,
+        BatchGradient(drawn.config, 1, part=3)(flat, batch)[1].vector,
+    )
+
+
+def test_few_gradients_exist_at_a_time_though_one_part_takes_long():
+    drawn, threads = Model(Config(4, 1, 2, 1, 2, 4, 5), 0), 3
+    flat, batch = float64(drawn), batch_of(0, 5, 40, 3)
+    begun, most, whole = [], [], backward.loss_and_gradients
+    slow = threading.Event()
+
+    def counted(*args):
+        begun.append(args)
+        if len(begun) == 1:  # some part of the first few, while the others go on
+            slow.wait(0.3)
+            most.append(len(begun))
+        return whole(*args)
+
+    with mock.patch.object(backward, "loss_and_gradients", counted):
+        BatchGradient(drawn.config, threads, part=3)(flat, batch)
+    assert len(begun) == 40
+    assert most[0] <= 2 * threads
+
+
+def test_threads_change_no_bit_where_blas_would_use_several():
+    """At the sizes of the tiny preset, with threads that take turns as often as they can."""
+    preset, before = PRESETS["tiny"], sys.getswitchinterval()
+    config = preset.config(257, 256)
+    flat = Flat.of(named(initial(config, 0), config.tied))
+    ids_BT, targets_BT, weights_BT = batch_of(1, 257, 6, 256)
+    batch = Batch(ids_BT, targets_BT, weights_BT.astype(np.float32))
+    sys.setswitchinterval(1e-6)
+    try:
+        one, three = (BatchGradient(config, threads)(flat, batch) for threads in (1, 3))
+    finally:
+        sys.setswitchinterval(before)
+    assert one[0] == three[0]
+    np.testing.assert_array_equal(one[1].vector, three[1].vector)
 
 
 # ---- flat ----------------------------------------------------------------------------------------
@@ -307,9 +449,9 @@ def test_gradients_equal_those_of_torch(case, ops):
     names = named_shapes(config)
     flat = Flat.of({name: golden[f"{case}/w.{name}"] for name in names})
     batch = Batch(*(golden[f"{case}/{name}"] for name in ("ids", "targets", "weights")))
-    loss, grad_P = gradient(flat, config, batch, ops)
+    loss, found = gradient(flat, config, batch, ops)
     assert loss == pytest.approx(float(golden[f"{case}/loss"]), rel=1e-6)
-    for name, grad in Flat(grad_P, flat.shapes).tensors.items():
+    for name, grad in Flat(found, flat.shapes).tensors.items():
         theirs = golden[f"{case}/d.{name}"]
         assert grad.dtype == np.float32
         assert np.abs(grad - theirs).max() <= 1e-5 * np.abs(theirs).max(), name

@@ -263,6 +263,8 @@ def test_fine_tuning_begins_with_the_weights_and_the_tokenizer_of_any_format(mod
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     written = load_checkpoint(out)
     assert written.tokenizer.encode("12 é") == loaded.tokenizer.encode("12 é")
+    read = llm_logits(written.config, written.params, ids)
+    np.testing.assert_allclose(read, expected, rtol=1e-4, atol=1e-5)  # nothing is rounded away
     trainings.go_on(out)
     assert metrics.read(out / "metrics.jsonl")[-1]["step"] == 2
 

@@ -24,7 +24,10 @@ from hypothesis import strategies as st
 import llama3np
 from llama3np.backend import CPU, Device
 from llama3np.errors import InputError
+from llama3np.load import load_checkpoint
 from llama3np.load.huggingface import tokenizer_of
+from llama3np.params import mapped
+from llama3np.threads import Pool
 from llama3np.train import checkpoint, curve, evaluation, lock, loop, metrics, result, tokens
 from llama3np.train.optimizer import AdamW, clip, learning_rate
 from llama3np.train.parts import PART, BatchGradient
@@ -86,12 +89,29 @@ def test_the_model_in_out_is_that_of_the_lowest_validation_loss(unbroken):
     assert scored == pytest.approx(evaluation.summed_loss(full, llm.config, batch) / 8, abs=0.02)
 
 
+def test_what_is_validated_are_the_weights_as_they_are_written(begun, tmp_path_factory):
+    """Not the float32 ones, whose loss differs by more than a fine-tuning may gain."""
+    out = copied(begun, tmp_path_factory)
+    done = trainings.go_on(out)
+    assert done.best_val_loss == done.val_loss, "the last model is the one in OUT"
+    found = load_checkpoint(out)
+    read = mapped(found.params, lambda w: np.asarray(w[:]).astype(np.float32))
+    assert validated(out, read, found.config) == done.val_loss
+    _, state = checkpoint.load(out / checkpoint.FILE, CPU)
+    assert validated(out, state.params.params(found.config), found.config) != done.val_loss
+
+
+def validated(out, params, config):
+    _, validation = tokens.open_tokens(out / "training/tokens")
+    return evaluation.mean_loss(params, config, tokens.whole(validation, 64, 8), Pool(1))
+
+
 def test_a_model_that_gets_worse_does_not_replace_the_best(begun, tmp_path_factory, monkeypatch):
     out = copied(begun, tmp_path_factory)
     losses = iter([3.0, 2.0, 2.0, 2.5])  # as good is not better
     monkeypatch.setattr(evaluation, "mean_loss", lambda *_: next(losses))
     written = []
-    monkeypatch.setattr(loop, "replace_weights", lambda out, params: written.append(len(written)))
+    monkeypatch.setattr(loop, "replace_weights", lambda *_: written.append(len(written)))
     done = trainings.go_on(out)
     assert (done.val_loss, done.best_val_loss, len(written)) == (2.5, 2.0, 2)
 

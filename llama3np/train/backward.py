@@ -7,8 +7,9 @@ the operation was given, and returns d_ of that. Two rules are all it takes:
     y = f(x)          d_x = J^T d_y, J the derivatives of y's entries by x's     (the chain rule)
     x used twice      d_x is the sum of what both uses give
 
-The dimensions are model.py's; M is B * T rows, as in linear. The forward pass is model.py itself:
-what is needed of it are its taps.
+The dimensions are model.py's; M is B * T rows, as in linear, and a matrix has O rows and I columns.
+The forward pass is model.py itself: what is needed of it are its taps. For derivatives of a norm, a
+softmax and products see Griewank & Walther 2008 (reverse mode); each is derived where it stands.
 """
 
 from __future__ import annotations
@@ -31,20 +32,28 @@ Seen = Mapping[str, Any]  # tap name -> array
 # ---- the operations -----------------------------------------------------------------------------
 
 
+def token_losses(logits_BTV: Any, targets_BT: Any) -> tuple[Any, Any, Any]:
+    """The loss of each token, -ln softmax(z)_t = ln(sum_j e^z_j) - z_t; e^z_BTV; its sums_BT1.
+
+    z are the logits less their maximum: they have the same softmax, and e^z cannot overflow.
+    targets_BT: ids 0 .. V-1.
+    """
+    xp = namespace(logits_BTV)
+    powers_BTV = logits_BTV - logits_BTV.max(axis=-1, keepdims=True)
+    chosen_BT1 = xp.take_along_axis(powers_BTV, targets_BT[..., None], axis=-1)
+    xp.exp(powers_BTV, out=powers_BTV)
+    sums_BT1 = powers_BTV.sum(axis=-1, keepdims=True)
+    return (xp.log(sums_BT1) - chosen_BT1)[..., 0], powers_BTV, sums_BT1
+
+
 def cross_entropy(logits_BTV: Any, targets_BT: Any, weights_BT: Any) -> tuple[float, Any]:
     """The loss, a weighted sum of -ln p(target), and d_logits_BTV.
 
-    With p = softmax(z): -ln p_t = ln(sum_j e^z_j) - z_t, so its derivative by z_j is p_j, less 1
-    for j = t. z less its maximum has the same p, and e^z cannot overflow.
-    A target of weight 0 counts nothing, whatever it is; targets are ids 0 .. V-1.
+    With p = softmax(z), the derivative of ln(sum_j e^z_j) - z_t by z_j is p_j, less 1 for j = t.
+    A target of weight 0 counts nothing, but is an id 0 .. V-1 all the same.
     """
-    xp = namespace(logits_BTV)
-    d_logits_BTV = logits_BTV - logits_BTV.max(axis=-1, keepdims=True)
-    at_BT1 = targets_BT[..., None]
-    chosen_BT1 = xp.take_along_axis(d_logits_BTV, at_BT1, axis=-1)
-    xp.exp(d_logits_BTV, out=d_logits_BTV)
-    sums_BT1 = d_logits_BTV.sum(axis=-1, keepdims=True)
-    losses_BT = (xp.log(sums_BT1) - chosen_BT1)[..., 0]
+    xp, at_BT1 = namespace(logits_BTV), targets_BT[..., None]
+    losses_BT, d_logits_BTV, sums_BT1 = token_losses(logits_BTV, targets_BT)
     d_logits_BTV *= weights_BT[..., None] / sums_BT1
     less_1_BT1 = xp.take_along_axis(d_logits_BTV, at_BT1, axis=-1) - weights_BT[..., None]
     xp.put_along_axis(d_logits_BTV, at_BT1, less_1_BT1, axis=-1)
@@ -55,7 +64,8 @@ def rms_norm(d_y_BTD: Any, x_BTD: Any, w_D: Any, eps: float) -> tuple[Any, Any]:
     """d_x and d_w of y = x s w, where s = (mean(x^2) + eps)^-1/2 is one number for each vector.
 
     s depends on all of x: ds/dx_i = -s^3 x_i / D. So with g = d_y w, what reaches x s,
-        d_x_i = s g_i + (sum_j g_j x_j) ds/dx_i = s (g_i - s^2 x_i mean_j(g_j x_j)).
+        d_x_i = s g_i + (sum_j g_j x_j) ds/dx_i = s (g_i - s^2 x_i mean_j(g_j x_j)),
+    and w, the same for all vectors, has the sum over them: d_w = sum_BT(d_y x s).
     """
     xp = namespace(x_BTD)
     s_BT1 = 1 / xp.sqrt((x_BTD * x_BTD).mean(axis=-1, keepdims=True) + eps)
@@ -66,10 +76,9 @@ def rms_norm(d_y_BTD: Any, x_BTD: Any, w_D: Any, eps: float) -> tuple[Any, Any]:
     return (g_BTD - unit_BTD * mean_BT1) * s_BT1, d_w_D
 
 
-def linear(d_y_BTO: Any, w: Any) -> Any:
-    """d_x of y = W x: W^T d_y, for rows d_y @ W. That of W is d_y^T @ x, see Gradients."""
-    rows_MO = d_y_BTO.reshape(-1, d_y_BTO.shape[-1])
-    return (rows_MO @ w).reshape(*d_y_BTO.shape[:-1], w.shape[1])
+def linear(d_y_MO: Any, w: Any) -> Any:
+    """d_x_MI of y = W x: W^T d_y, for rows d_y @ W. That of W is d_y^T @ x, see Gradients."""
+    return d_y_MO @ w
 
 
 def rope(d_y_BTNH: Any, cos_BTP: Any, sin_BTP: Any, pairing: str) -> Any:
@@ -222,8 +231,8 @@ def block(
     q_BTNH = seen.pop("q_rope")
     d_q_BTNH, d_k_BKSH, d_v_BKSH = back.attention(d_attn_BTNH, q_BTNH, k_BKSH, v_BKSH, seen)
     x_BTD = seen.pop("attn_norm")
-    d_x_BTD = linear("wq", turns.back(back, d_q_BTNH), x_BTD)
-    d_x_BTD += linear("wk", turns.back(back, d_k_BKSH.swapaxes(1, 2)), x_BTD)
+    d_x_BTD = linear("wq", turns.backward(back, d_q_BTNH), x_BTD)
+    d_x_BTD += linear("wk", turns.backward(back, d_k_BKSH.swapaxes(1, 2)), x_BTD)
     d_x_BTD += linear("wv", d_v_BKSH.swapaxes(1, 2), x_BTD)
     d_in_BTD, d_w_D = back.rms_norm(d_x_BTD, in_BTD, layer.attn_norm_D, config.norm_eps)
     into.vector(prefix + "attn_norm_D", d_w_D)
@@ -274,17 +283,17 @@ class Turns:
         cos_BTP, sin_BTP = model.rope_tables(config, positions_BT, dtype)
         self._tables = cos_BTP, sin_BTP
 
-    def there(self, ops: model.Ops, x_BTNH: Any) -> Any:
+    def forward(self, ops: model.Ops, x_BTNH: Any) -> Any:
         """Turn q into q_rope, as model.forward does."""
         return ops.rope(x_BTNH, *self._tables, self.pairing)
 
-    def back(self, back: BackwardOps, d_y_BTNH: Any) -> Any:
+    def backward(self, ops: BackwardOps, d_y_BTNH: Any) -> Any:
         """Turn d_q_rope into d_q.
 
         Taps show heads in interleaved order, so that is how d_q_rope comes; where rows of wq are in
         the other one, d_q is put into it.
         """
-        d_x_BTNH = back.rope(d_y_BTNH, *self._tables, "interleaved")
+        d_x_BTNH = ops.rope(d_y_BTNH, *self._tables, "interleaved")
         if self.pairing == "interleaved":
             return d_x_BTNH
         pairs_BTNP2 = d_x_BTNH.reshape(*d_x_BTNH.shape[:-1], -1, 2)
@@ -296,7 +305,7 @@ def again(layer: Layer, h_BTD: Any, turns: Turns, config: Config, ops: model.Ops
     taps = Taps(1, recompute=False)
     see = model.watcher(taps, config.rope_pairing, "layers.0.")
     write = partial(NoCache(namespace(h_BTD)).write, 0, None)
-    turn = partial(turns.there, ops)
+    turn = partial(turns.forward, ops)
     model.block(layer, h_BTD, write, turn, turns.positions_BT, config, ops, see)
     return taps.blocks[0]
 
@@ -329,12 +338,9 @@ def loss_and_gradients(
         params, config, ids_BT, cache, dtype=dtype, ops=ops, tap=taps, last_only=False
     )
     loss, d_logits_BTV = cross_entropy(logits_BTV, targets_BT, weights_BT)
-    d_norm_BTD = back.linear(d_logits_BTV, params.head_VD)
-    name = "embed_VD" if config.tied else "head_VD"
-    into.product(name, _matrix(d_logits_BTV), _matrix(taps.norm))
-    del logits_BTV, d_logits_BTV
-    d_h_BTD, d_w_D = back.rms_norm(d_norm_BTD, taps.h.pop(), params.norm_D, config.norm_eps)
-    into.vector("norm_D", d_w_D)
+    del logits_BTV  # the largest arrays of all
+    d_h_BTD = head(params, config, d_logits_BTV, taps, back, into)
+    del d_logits_BTV
     turns = Turns(config, cache.window(targets_BT.shape).positions_BT, dtype)
     for i in reversed(range(config.n_layers)):
         layer, h_BTD = params.layers[i], taps.h.pop()
@@ -342,3 +348,24 @@ def loss_and_gradients(
         d_h_BTD = block(layer, d_h_BTD, h_BTD, seen, turns, config, back, into, f"layers.{i}.")
     into.rows("embed_VD", cache.xp.asarray(ids_BT).reshape(-1), _matrix(d_h_BTD))
     return loss
+
+
+def head(
+    params: Params,
+    config: Config,
+    d_logits_BTV: Any,
+    taps: Taps,
+    back: BackwardOps,
+    into: Gradients,
+) -> Any:
+    """d_h of the last block, through logits = head norm(h).
+
+    A tied head is the embedding table used a second time: its gradient is the sum of this product
+    and of the rows that the tokens took.
+    """
+    norm_BTD, d_logits_MV = taps.norm, _matrix(d_logits_BTV)
+    into.product("embed_VD" if config.tied else "head_VD", d_logits_MV, _matrix(norm_BTD))
+    d_norm_BTD = back.linear(d_logits_MV, params.head_VD).reshape(norm_BTD.shape)
+    d_h_BTD, d_w_D = back.rms_norm(d_norm_BTD, taps.h.pop(), params.norm_D, config.norm_eps)
+    into.vector("norm_D", d_w_D)
+    return d_h_BTD

@@ -13,7 +13,7 @@ from llama3np.config import Config
 from llama3np.llm import Llama
 from llama3np.params import Params
 from llama3np.threads import Pool, single_threaded_blas
-from llama3np.train.backward import NoCache
+from llama3np.train.backward import NoCache, token_losses
 from llama3np.train.parts import OPS
 from llama3np.train.tokens import Batch
 
@@ -33,8 +33,8 @@ def mean_loss(params: Params, config: Config, batches: Iterable[Batch], pool: Po
         for some in _groups(iter(batches), 4 * pool.threads):
             sums = [0.0] * len(some)
 
-            def task(i: int, _: int, some: list[Batch] = some, sums: list[float] = sums) -> None:
-                sums[i] = summed_loss(params, config, some[i])
+            def task(i: int, _: int) -> None:
+                sums[i] = summed_loss(params, config, some[i])  # noqa: B023 - done before the next
 
             pool.map(task, len(some))
             losses += sums
@@ -55,10 +55,7 @@ def summed_loss(params: Params, config: Config, batch: Batch) -> float:
     logits_BTV, _ = model.forward(
         params, config, batch.ids_BT, NoCache(xp), dtype=dtype, ops=OPS, last_only=False
     )
-    shifted_BTV = logits_BTV - logits_BTV.max(axis=-1, keepdims=True)
-    targets_BT1 = xp.asarray(batch.targets_BT)[..., None]
-    chosen_BT = xp.take_along_axis(shifted_BTV, targets_BT1, axis=-1)[..., 0]
-    losses_BT = xp.log(xp.exp(shifted_BTV).sum(axis=-1)) - chosen_BT
+    losses_BT, _, _ = token_losses(logits_BTV, xp.asarray(batch.targets_BT))
     return float((losses_BT * xp.asarray(batch.weights_BT)).sum(dtype=xp.float64))
 
 

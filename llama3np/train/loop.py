@@ -11,9 +11,12 @@ from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from llama3np.backend import Device, namespace, on, use
 from llama3np.errors import InputError
 from llama3np.load.huggingface import tokenizer_of
+from llama3np.params import Params, mapped
 from llama3np.train import checkpoint, curve, evaluation, frozen, tokens
 from llama3np.train.checkpoint import Run, State
 from llama3np.train.lock import alone
@@ -21,7 +24,7 @@ from llama3np.train.metrics import Metrics
 from llama3np.train.optimizer import AdamW, clip, learning_rate
 from llama3np.train.parts import PART, BatchGradient
 from llama3np.train.progress import Progress
-from llama3np.train.result import replace_adapters, replace_weights
+from llama3np.train.result import as_read, replace_adapters, replace_weights
 from llama3np.train.signals import Signals, Stopped
 from llama3np.train.start import TOKENS
 from llama3np.train.tokens import Batch
@@ -69,7 +72,7 @@ class Training:
         settings = run.settings
         self.out, self.run, self.state, self.progress = out, run, state, progress
         self.settings, self.trained = settings, frozen.trained(run, device)
-        self.tree = self.trained.params(state.params)
+        self.dtype = np.dtype(run.origin["dtype"])  # of the weights in OUT
         self.data, self.validation = tokens.open_tokens(out / TOKENS)
         self.tokenizer = tokenizer_of(out)
         # A device runs one part after the other whatever thread asks, and fills up with all rows.
@@ -171,7 +174,7 @@ class Training:
         with self.signals.pure():
             batches = map(self.placed, tokens.whole(self.validation, rows, s.context))
             pool = self.gradient.pool
-            val_loss = evaluation.mean_loss(self.tree, self.run.config, batches, pool)
+            val_loss = evaluation.mean_loss(self.as_read(), self.run.config, batches, pool)
         self.refuse_infinite(val_loss, 0.0)
         state.evaluated, state.val_loss = state.step, val_loss
         self.metrics.write(step=state.step, val_loss=val_loss)
@@ -183,10 +186,16 @@ class Training:
         self.draw()
         self.sample()
 
+    def as_read(self) -> Params:
+        """The model of now as OUT has it, or would: rounded, on the device."""
+        xp = namespace(self.state.params.vector)
+        params = as_read(self.trained.on_host(self.state.params), self.dtype)
+        return mapped(params, xp.asarray)
+
     def publish(self) -> None:
         """Make the weights of now the model in OUT; adapters alone are beside it."""
         params, rank = self.trained.on_host(self.state.params), self.settings.lora
-        replace_weights(self.out, params)
+        replace_weights(self.out, params, self.dtype)
         if rank is not None:
             replace_adapters(self.out, params, self.run.config)
 

@@ -8,8 +8,12 @@ are: parts are of one size, and are added up in their order.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 from llama3np import model
+from llama3np.backend import host_ids
 from llama3np.config import Config
 from llama3np.threads import Pool, single_threaded_blas
 from llama3np.train import backward, tiles
@@ -49,36 +53,65 @@ class BatchGradient:
         batch: as backward.loss_and_gradients takes its arrays. Raises InputError for ids out of
         range.
         """
-        tree, total = self.trained.params(params), _InOrder(params.like())
+        tree, total = self.trained.params(params), _InOrder(self.pool.threads)
+        host_ids(batch.ids_BT, self.config.vocab_size)  # a part would tell its own row
         rows = max(1, self.part // batch.ids_BT.shape[1])
 
         def task(i: int, _: int) -> None:
             part = Batch(*(array[i * rows : (i + 1) * rows] for array in batch))
-            grad = params.like()
-            into = self.trained.sums(params, grad)
-            loss = backward.loss_and_gradients(
-                tree, self.config, *part, into, OPS, BACK, self.recompute
-            )
-            total.add(i, loss, grad)
+            with total.turn(i) as add:
+                grad = params.like()
+                into = self.trained.sums(params, grad)
+                loss = backward.loss_and_gradients(
+                    tree, self.config, *part, into, OPS, BACK, self.recompute
+                )
+                add(grad, loss)
 
         with single_threaded_blas():
             self.pool.map(task, -(-len(batch.ids_BT) // rows))
+        assert total.grad is not None, "a batch has a row at least"
         return total.loss, total.grad
 
 
 class _InOrder:
-    """A sum whose terms are added in their order, whichever comes first."""
+    """A sum whose terms are added in their order, whichever comes first.
 
-    def __init__(self, zero: Flat):
-        self.loss, self.grad = 0.0, zero
-        self._lock, self._next = threading.Lock(), 0
-        self._waiting: dict[int, tuple[float, Flat]] = {}
+    Each term is as large as the model, so no more of them exist at a time than one for each thread
+    and one that waits: who is further ahead begins later.
+    """
 
-    def add(self, i: int, loss: float, grad: Flat) -> None:
-        with self._lock:
-            self._waiting[i] = loss, grad
+    def __init__(self, threads: int):
+        self.loss = 0.0
+        self.grad: Flat | None = None  # once there is a term
+        self._threads, self._next, self._broken = threads, 0, False
+        self._changed = threading.Condition()
+        self._waiting: dict[int, tuple[Flat, float]] = {}
+
+    @contextmanager
+    def turn(self, i: int) -> Iterator[Callable[[Flat, float], None]]:
+        """Wait until there is room for term i; yield add(grad, loss) for it."""
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: self._broken or i - self._next <= self._threads)
+            yield partial(self._add, i)
+        except BaseException:  # this term never comes, so nobody has to wait for it
+            with self._changed:
+                self._broken = True
+                self._changed.notify_all()
+            raise
+
+    def _add(self, i: int, grad: Flat, loss: float) -> None:
+        with self._changed:
+            self._waiting[i] = grad, loss
             while self._next in self._waiting:
-                loss, grad = self._waiting.pop(self._next)
+                grad, loss = self._waiting.pop(self._next)
                 self.loss += loss
-                self.grad.vector += grad.vector
+                self.grad = self._sum(grad)
                 self._next += 1
+            self._changed.notify_all()
+
+    def _sum(self, grad: Flat) -> Flat:
+        if self.grad is None:
+            return grad
+        self.grad.vector += grad.vector
+        return self.grad

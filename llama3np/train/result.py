@@ -1,4 +1,7 @@
-"""OUT as a model: the weights of the lowest validation loss, bf16, in a Hugging Face directory.
+"""OUT as a model: the weights of the lowest validation loss, in a Hugging Face directory.
+
+They are bf16, as those of published models, but where a training began with given weights that
+bf16 does not hold: those are float32.
 
 Where adapters are trained, those weights are the merged ones, and OUT/adapter has the adapters
 alone in PEFT's layout. (Not OUT itself: transformers, where PEFT is installed, would put them on
@@ -28,26 +31,41 @@ ADAPTER = "adapter"
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
-def rounded(params: Params) -> Params:
-    """The weights in bf16, a few rows at a time as they are written."""
-    return mapped(params, _rounded)
+def dtype_for(given: Params) -> np.dtype:
+    """What weights that began as these are written in: bf16 if all given matrices are, or float32.
+
+    given: in any format that load_checkpoint gives.
+    """
+    tensors = named(given, given.head_VD is given.embed_VD).values()
+    return BF16 if all(w.dtype == BF16 for w in tensors if w.ndim == 2) else np.dtype(np.float32)
 
 
-def _rounded(w: Weight) -> Any:
-    if w.ndim == 1:
-        return w.astype(BF16)
-    return Rows(tuple(w.shape), BF16, lambda start, stop: w[start:stop].astype(BF16))
+def rounded(params: Params, dtype: np.dtype) -> Params:
+    """The weights in a dtype, a few rows at a time as they are written."""
+
+    def of(w: Weight) -> Any:
+        if w.ndim == 1:
+            return w.astype(dtype)
+        return Rows(tuple(w.shape), dtype, lambda start, stop: w[start:stop].astype(dtype))
+
+    return mapped(params, of)
 
 
-def replace_weights(out: Path, params: Params) -> None:
+def as_read(params: Params, dtype: np.dtype) -> Params:
+    """The weights that whoever opens OUT will have, rounded to the dtype of its file; float32."""
+    return mapped(rounded(params, dtype), lambda w: w[: w.shape[0]].astype(np.float32))
+
+
+def replace_weights(out: Path, params: Params, dtype: np.dtype) -> None:
     """Put new weights into OUT, in place of the old ones as a whole; config.json fits both.
 
-    params: in host memory, in any format. Raises InputError if they cannot be written; the old
-    ones are kept.
+    params: in host memory, in any format; dtype: of the file. Raises InputError if they cannot be
+    written; the old ones are kept.
     """
     tied = params.head_VD is params.embed_VD
     tensors = {
-        names.foreign(name, "huggingface"): w for name, w in named(rounded(params), tied).items()
+        names.foreign(name, "huggingface"): w
+        for name, w in named(rounded(params, dtype), tied).items()
     }
     replace_tensors(out / SINGLE, tensors)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.load import carry, load_checkpoint, names, save_hf
@@ -22,7 +24,7 @@ from llama3np.train import checkpoint, dialogs, durable, frozen, lora, tokens, v
 from llama3np.train.checkpoint import Run, State
 from llama3np.train.evaluation import SAMPLE_TEMPERATURE
 from llama3np.train.flat import Flat
-from llama3np.train.result import begin_adapters, rounded
+from llama3np.train.result import BF16, begin_adapters, dtype_for, rounded
 from llama3np.train.settings import ADAPTERS, FINE_TUNING, PRESETS, Settings, changed, initial
 
 TOKENS = "training/tokens"
@@ -93,6 +95,7 @@ class _Begun(NamedTuple):
     config: Config
     settings: Settings
     trained: Flat  # weights or adapters, float32
+    dtype: np.dtype  # of the weights in OUT
     tokenizer: Any
     notes: list[str]
 
@@ -102,7 +105,7 @@ def _keep(out: Path, begun: _Begun, order: Order) -> None:
     files = sorted(path for path in (out / TOKENS).iterdir())
     files += [path for path in sorted(out.iterdir()) if path.name.startswith("tokenizer")]
     digests = checkpoint.digests(out, [path.relative_to(out).as_posix() for path in files])
-    origin = order.origin()
+    origin = order.origin() | {"dtype": begun.dtype.name}
     if begun.settings.lora is not None:
         origin["base"] = frozen.identity(resolve(str(order.init)))
     run = Run(begun.config, begun.settings, origin, digests)
@@ -123,7 +126,7 @@ def _new(out: Path, order: Order) -> _Begun:
         tokenizer = vocabulary.make(spec, texts, made, order.chat)
         config = preset.config(tokenizer.n_vocab, settings.context)
         params = initial(config, settings.seed)
-        save_hf(out, config, rounded(params), tokenizer_files=sorted(Path(made).iterdir()))
+        save_hf(out, config, rounded(params, BF16), tokenizer_files=sorted(Path(made).iterdir()))
     generation = {
         "do_sample": True,
         "temperature": SAMPLE_TEMPERATURE,
@@ -132,7 +135,7 @@ def _new(out: Path, order: Order) -> _Begun:
     }
     path = out / "generation_config.json"
     path.write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-    return _Begun(config, settings, Flat.of(named(params, config.tied)), tokenizer, [])
+    return _Begun(config, settings, Flat.of(named(params, config.tied)), BF16, tokenizer, [])
 
 
 # ---- a given one -------------------------------------------------------------------------------
@@ -146,7 +149,8 @@ def _given(out: Path, order: Order) -> _Begun:
         raise InputError(f"--init: {path}: has no tokenizer, which a text needs")
     config, ordered = names.with_pairing(loaded.config, loaded.params, "half")
     settings = _fine_tuning(config, order)
-    save_hf(out, config, rounded(ordered))
+    dtype = dtype_for(loaded.params)
+    save_hf(out, config, rounded(ordered, dtype))
     if settings.lora is None:
         first = Flat.of(named(ordered, config.tied))
     else:
@@ -154,7 +158,7 @@ def _given(out: Path, order: Order) -> _Begun:
         params = lora.Lora(ordered, config).on_host(first)
         begin_adapters(out, params, config, str(path.resolve()))
     notes = carry.hf_files(open_checkpoint(path), out)
-    return _Begun(config, settings, first, loaded.tokenizer, notes)
+    return _Begun(config, settings, first, dtype, loaded.tokenizer, notes)
 
 
 def _fine_tuning(config: Config, order: Order) -> Settings:
