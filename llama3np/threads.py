@@ -187,35 +187,40 @@ class _Blas:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.users = 0
+        self.users: set[object] = set()  # so that who was stopped on entering leaves nothing
         self._libraries: list[Any] | None = None
         self._before: list[int] = []
 
     @contextmanager
     def single(self) -> Iterator[None]:
-        self._enter()
-        try:
+        user = object()
+        try:  # around the entry as well: Ctrl-C may come in the middle of it
+            self._enter(user)
             yield
         finally:
-            self._leave()
+            self._leave(user)
 
-    def _enter(self) -> None:
+    def _enter(self, user: object) -> None:
         with self._lock:
-            self.users += 1
-            if self.users > 1:
-                return
-            if self._libraries is None:  # a search of all loaded libraries: milliseconds
-                found = ThreadpoolController().select(user_api="blas")
-                self._libraries = found.lib_controllers
-            self._before = [library.get_num_threads() for library in self._libraries]
-            for library in self._libraries:
-                _set_threads(library, 1)
+            if not self.users:
+                self._before = [library.get_num_threads() for library in self._found()]
+            self.users.add(user)
+            if len(self.users) == 1:
+                for library in self._found():
+                    _set_threads(library, 1)
 
-    def _leave(self) -> None:
+    def _found(self) -> list[Any]:
+        """All BLAS libraries that are loaded, searched for once: that takes milliseconds."""
+        if self._libraries is None:
+            self._libraries = ThreadpoolController().select(user_api="blas").lib_controllers
+        return self._libraries
+
+    def _leave(self, user: object) -> None:
         with self._lock:
-            self.users -= 1
-            if self.users == 0:
-                self.restore()
+            if user in self.users:
+                self.users.remove(user)
+                if not self.users:
+                    self.restore()
 
     def restore(self) -> None:
         """Give BLAS the threads that it had, if that was noted yet."""

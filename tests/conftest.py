@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import signal
 import sys
 from collections import Counter
 
@@ -131,6 +132,24 @@ def checked(softcuda):
     yield softcuda
     devices.cupy.cuda.set_allocator(pooled)
     softcuda.executor = chosen
+
+
+@pytest.fixture(scope="module")
+def signals_heeded():
+    """Signals that a shell had ignored when it began the tests (nohup, `&`) do what they do.
+
+    For tests that send some: processes they start inherit what is ignored. A module's, because
+    hypothesis refuses fixtures of a function.
+    """
+    usual = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL}
+    usual["SIGHUP"] = signal.SIG_DFL
+    numbers = {getattr(signal, name): usual[name] for name in usual if hasattr(signal, name)}
+    ignored = [number for number in numbers if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, numbers[number])
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="session")

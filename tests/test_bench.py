@@ -449,6 +449,7 @@ def test_a_model_that_does_not_fit_is_told(tiny, capsys, monkeypatch):
     assert capsys.readouterr().err.endswith("does not fit into the memory of this machine\n")
 
 
+@pytest.mark.usefixtures("signals_heeded")
 @pytest.mark.skipif(machine.resident("RssAnon") is None, reason="the system tells no RssAnon")
 def test_ctrl_c_leaves_nothing_half(tiny):
     command = [*COMMAND, "bench", str(tiny), "--json", "--rounds", "1000000", "--engine", "numpy"]

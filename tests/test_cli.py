@@ -19,7 +19,8 @@ from llama3np.llm import Step
 from llama3np.load import save_hf
 from llama3np.params import random
 
-pytestmark = pytest.mark.usefixtures("compiled_kernels")  # a process that compiles says so
+# a process that compiles says so
+pytestmark = pytest.mark.usefixtures("compiled_kernels", "signals_heeded")
 
 COMMAND = [sys.executable, "-c", "import sys; from llama3np.cli import main; sys.exit(main())"]
 GOLDEN = json.loads((paths.GOLDENS / "embedded.json").read_text(encoding="utf-8"))
@@ -371,6 +372,20 @@ def test_handlers_of_signals_are_as_they_were(tiny, capsys):
     with pytest.raises(SystemExit, match="143"), ended_by_signals():
         os.kill(os.getpid(), signal.SIGTERM)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+def test_a_command_under_nohup_outlives_its_terminal():
+    """A signal that was ignored when the command began stays so."""
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, signal.SIG_IGN) for number in signals]
+    try:
+        with ended_by_signals():
+            for number in signals:
+                os.kill(os.getpid(), number)
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_debug_shows_where(tmp_path):

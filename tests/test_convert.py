@@ -525,6 +525,7 @@ sys.exit(main())
 ]
 
 
+@pytest.mark.usefixtures("signals_heeded")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("out", OUTS)
 def test_ctrl_c_a_kill_and_a_closed_terminal_leave_nothing_behind(tmp_path, out, name):

@@ -34,7 +34,7 @@ from llama3np.train.parts import Batch, BatchGradient
 from llama3np.train.settings import changed
 
 COMMAND = [sys.executable, "-c", "import sys; from llama3np.cli import main; sys.exit(main())"]
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("signals_heeded")]
 
 
 @st.composite

@@ -13,6 +13,7 @@ from runs import trace
 from strategies import Model
 
 import llama3np
+import llama3np.train
 from llama3np.config import PAIRINGS, Config, RopeScaling
 
 PACKAGE = Path(llama3np.__file__).parent
@@ -81,6 +82,26 @@ def test_the_spec_stands_on_itself_alone(name):
     """Arrows point one way: no file of the spec imports what is built on the spec."""
     own = {module for module in imported(name) if module.startswith(OWN)}
     assert own <= {f"{OWN}.{name}" for name in (*SPEC, "errors")}
+
+
+def test_the_table_of_training_has_every_module_and_what_it_stands_on():
+    """A line `x.py | ... over y.py, z.py` is true if x imports y and z."""
+    lines = re.findall(r"^\| (\w+)\.py +\| (.*) \|$", llama3np.train.__doc__, re.M)
+    told = {name for module, what in lines for name in (module, *re.findall(r"(\w+)\.py", what))}
+    there = {path.stem for path in (PACKAGE / "train").glob("*.py")} - {"__init__"}
+    assert told - {"model"} == there
+    for module, what in lines:
+        below = re.findall(r"(\w+)\.py", re.split("[;:]", what.partition(" over ")[2])[0])
+        assert set(below) <= set(from_training(f"train/{module}")), module
+
+
+def from_training(name):
+    """The modules of training that a file imports."""
+    for node in nodes(name, ast.ImportFrom):
+        if node.module == f"{OWN}.train":
+            yield from (alias.name for alias in node.names)
+        elif node.module.startswith(f"{OWN}.train."):
+            yield node.module.rpartition(".")[2]
 
 
 ATTEMPTS = """

@@ -83,5 +83,31 @@ def test_a_fork_waits_for_no_thread_that_it_does_not_have(lock):
     assert os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.parametrize("when", ["get_num_threads", "set"])
+def test_ctrl_c_on_entering_leaves_blas_as_it_was(monkeypatch, when):
+    """Whether it comes before BLAS is held at one thread, or in the middle of that."""
+    with single_threaded_blas():
+        assert set(blas_threads()) == {1}  # and the libraries are found
+    before, real = blas_threads(), threads._set_threads
+
+    def interrupted(*args):
+        if when == "set":
+            real(*args)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    if when == "set":
+        monkeypatch.setattr(threads, "_set_threads", interrupted)
+    else:
+        for library in threads._BLAS._libraries:
+            monkeypatch.setattr(library, when, interrupted)
+    with pytest.raises(KeyboardInterrupt), single_threaded_blas():
+        pass
+    assert blas_threads() == before
+    with single_threaded_blas():
+        assert set(blas_threads()) == {1}
+    assert blas_threads() == before
+
+
 def blas_threads():
     return [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"]

@@ -181,6 +181,7 @@ def test_a_disk_without_room_is_told_before_anything_runs(command, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("signals_heeded")
 @pytest.mark.parametrize("out", ["t.safetensors", "t.npz", "t"])
 def test_ctrl_c_leaves_nothing(tiny, tmp_path, out):
     ids = ",".join("1" for _ in range(3000))

@@ -53,6 +53,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path_factory, training):
     path = tmp_path_factory.mktemp("run") / "checkpoint.safetensors"
     checkpoint.save(path, *training)
     assert bits(checkpoint.load(path, CPU)) == bits(training)
+    assert checkpoint.load_run(path) == training[0]
     assert checkpoint.load(path, CPU)[1].params.vector.flags.writeable
 
 
@@ -188,7 +189,9 @@ def test_metrics_are_cut_back_to_what_a_checkpoint_knows_of(tmp_path):
     with metrics.path.open("ab") as file:
         file.write(b'{"step": 3, "lo')
     again = Metrics(metrics.path, length)
+    assert again.sync() == length == metrics.path.stat().st_size  # with nothing added yet
     again.write(step=2, loss=2.0)
+    assert again.sync() == metrics.path.stat().st_size
     assert read(metrics.path) == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0}]
 
 

@@ -22,8 +22,10 @@ from llama3np.load import load_checkpoint, save_hf
 from llama3np.load.convert import convert
 from llama3np.params import random
 from llama3np.train import checkpoint, metrics, start
+from llama3np.train.flat import Flat
 from llama3np.train.settings import Preset
 
+pytestmark = pytest.mark.usefixtures("signals_heeded")
 COMMAND = [sys.executable, "-c", "import sys; from llama3np.cli import main; sys.exit(main())"]
 STEPS = 60
 SMALL = ("--context", "16", "--rows", "2", "--eval-every", "25", "--max-steps", str(STEPS))
@@ -167,6 +169,11 @@ def test_an_out_that_is_not_empty_is_refused(trained, text):
 def test_another_option_than_the_stored_one_is_refused_with_resume(trained, option, value, was):
     said = refused("--out", trained[0], "--resume", option, value)
     assert said.startswith(f"{option}: the training in {trained[0]} began with {was}, not with")
+
+
+def test_options_are_compared_without_reading_a_tensor(trained):
+    with mock.patch.object(Flat, "of", side_effect=AssertionError("read")):
+        assert refused("--out", trained[0], "--resume", "--seed", 1).startswith("--seed: ")
 
 
 def test_another_text_is_refused_with_resume(trained, tmp_path, text):

@@ -1,18 +1,24 @@
 """The training loop: whatever stops it, --resume ends where an unbroken run does, bit for bit."""
 
+import errno
+import itertools
 import json
 import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from contextlib import suppress
+from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import faults
 import numpy as np
 import pytest
 import trainings
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import llama3np
@@ -22,10 +28,13 @@ from llama3np.load import load_checkpoint
 from llama3np.load.huggingface import tokenizer_of
 from llama3np.params import mapped
 from llama3np.threads import Pool
-from llama3np.train import checkpoint, curve, evaluation, loop, metrics, result, tokens
+from llama3np.train import checkpoint, curve, evaluation, lock, loop, metrics, result, tokens
 from llama3np.train.optimizer import AdamW, clip, learning_rate
-from llama3np.train.parts import BatchGradient
-from llama3np.train.settings import PRESETS, Settings, initial
+from llama3np.train.parts import PART, BatchGradient
+from llama3np.train.progress import Progress
+from llama3np.train.settings import PRESETS, changed, initial
+
+pytestmark = pytest.mark.usefixtures("signals_heeded")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +108,7 @@ def validated(out, params, config):
 
 def test_a_model_that_gets_worse_does_not_replace_the_best(begun, tmp_path_factory, monkeypatch):
     out = copied(begun, tmp_path_factory)
-    losses = iter([3.0, 2.0, 2.5, 2.5])
+    losses = iter([3.0, 2.0, 2.0, 2.5])  # as good is not better
     monkeypatch.setattr(evaluation, "mean_loss", lambda *_: next(losses))
     written = []
     monkeypatch.setattr(loop, "replace_weights", lambda *_: written.append(len(written)))
@@ -122,6 +131,47 @@ def test_each_step_is_clipped_adamw_at_the_rate_of_the_schedule(begun, unbroken)
     np.testing.assert_array_equal(found.second.vector, second.vector)
     lines = [line for line in metrics.read(unbroken / "metrics.jsonl") if "loss" in line]
     assert (lines[-1]["loss"], lines[-1]["lr"]) == (loss, rate)
+
+
+def test_batches_that_are_accumulated_are_one_larger_batch(tmp_path):
+    """Bit for bit, because a gradient is added up part by part, whatever batch a part is of."""
+    outcomes = []
+    for rows, times in ((3, 2), (6, 1)):
+        directory = tmp_path / str(rows)
+        directory.mkdir()
+        out = trainings.begin(directory, given={"rows": rows, "accumulate": times})
+        trainings.go_on(out)
+        lines, _, *rest = trainings.outcome(out)
+        outcomes.append((lines, rest))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_speed_is_targets_by_seconds_of_steps(tmp_path, monkeypatch):
+    out = trainings.begin(tmp_path, given={"accumulate": 2})
+    ticks = itertools.count()  # a second passes from one look at the clock to the next
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    done = trainings.go_on(out)
+    lines = metrics.read(out / "metrics.jsonl")
+    assert {line["tokens_per_s"] for line in lines if "loss" in line} == {2 * 3 * 8.0}
+    assert done.tokens_per_s == 2 * 3 * 8.0
+    assert done.seconds == 2 * 7 + 1  # all looks since the first
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("device", "threads", "part"), [(CPU, 3, PART), (Device("cuda"), 1, 3 * 8)]
+)
+def test_the_gradient_is_computed_as_the_settings_and_the_device_want_it(
+    begun, tmp_path_factory, recompute, device, threads, part
+):
+    """A device runs one part after the other, and each of them is as large as a batch."""
+    out = copied(begun, tmp_path_factory)
+    run, state = checkpoint.load(out / checkpoint.FILE, CPU)
+    run = run._replace(settings=replace(run.settings, recompute=recompute))
+    made = loop.Training(out, run, state, device, 3, Progress(0, 7))
+    made.metrics.close()
+    gradient = made.gradient
+    assert (gradient.recompute, gradient.pool.threads, gradient.part) == (recompute, threads, part)
 
 
 @pytest.mark.cuda
@@ -162,20 +212,46 @@ def test_the_validation_loss_is_the_mean_over_all_targets(unbroken, rows, length
 # ---- interruptions -----------------------------------------------------------------------------
 
 
-@given(st.lists(st.integers(0, 40), max_size=3), st.sampled_from([signal.SIGINT, signal.SIGTERM]))
-@settings(max_examples=12)
-def test_a_signal_at_any_time_and_going_on_is_an_unbroken_run(
-    begun, unbroken, tmp_path_factory, times, number
+@st.composite
+def interruptions(draw):
+    """(what, when): a signal at the n-th of the things a loop does, or death at its n-th call."""
+    if draw(st.booleans()):
+        return "dies", draw(st.integers(0, 240))  # of 233 in all
+    # the first event of all is between the opening of metrics.jsonl and its first line
+    number = draw(st.sampled_from([signal.SIGINT, signal.SIGTERM]))
+    return number, draw(st.just(0) | st.integers(0, 40))
+
+
+@given(st.lists(interruptions(), max_size=4))
+@example([("dies", 95), (signal.SIGINT, 0)])  # metrics.jsonl is cut back, and nothing added to it
+@settings(max_examples=16)
+def test_interruptions_of_any_kinds_and_going_on_are_an_unbroken_run(
+    begun, unbroken, tmp_path_factory, several
 ):
-    """The signal comes at the n-th of the things a loop does, between or in the middle of them."""
     out = copied(begun, tmp_path_factory)
-    for time in times:
-        with at_event(time, lambda: os.kill(os.getpid(), number)) as seen:
-            done = trainings.go_on(out)
-        came = len(seen) > time
-        assert done.signal == (number if came and done.signal else None)
+    for what, when in several:
+        if what == "dies":
+            killed(out, when)
+        else:
+            signalled(out, what, when)
     assert trainings.go_on(out).signal is None
     assert trainings.outcome(out) == trainings.outcome(unbroken)
+    assert not list(out.rglob("*.partial"))
+
+
+def killed(out, time):
+    """A process that dies at a call of the system leaves a model."""
+    with faults.injected(time, kills=True), suppress(faults.Killed):
+        trainings.go_on(out)
+    assert llama3np.load(out, engine="numpy").config.dim == trainings.SIZES.dim
+
+
+def signalled(out, number, time):
+    """A signal comes between or in the middle of the things a loop does."""
+    with at_event(time, lambda: os.kill(os.getpid(), number)) as seen:
+        done = trainings.go_on(out)
+    came = len(seen) > time
+    assert done.signal == (number if came and done.signal else None)
 
 
 class at_event:  # noqa: N801  reads as a phrase
@@ -209,23 +285,6 @@ class at_event:  # noqa: N801  reads as a phrase
         return call
 
 
-@given(st.lists(st.integers(0, 130), min_size=1, max_size=2))
-@settings(max_examples=10)
-def test_a_kill_at_any_call_of_the_system_and_going_on_is_an_unbroken_run(
-    begun, unbroken, tmp_path_factory, times
-):
-    out = copied(begun, tmp_path_factory)
-    for time in times:
-        with faults.injected(time, kills=True), suppress(faults.Killed):
-            trainings.go_on(out)
-        assert (
-            llama3np.load(out, engine="numpy").config.dim == trainings.SIZES.dim
-        )  # a model at any time
-    trainings.go_on(out)
-    assert trainings.outcome(out) == trainings.outcome(unbroken)
-    assert not list(out.rglob("*.partial"))
-
-
 def test_a_second_signal_ends_at_once(begun, tmp_path_factory, monkeypatch):
     out = copied(begun, tmp_path_factory)
 
@@ -237,6 +296,65 @@ def test_a_second_signal_ends_at_once(begun, tmp_path_factory, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         trainings.go_on(out)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_that_was_ignored_stays_so(begun, unbroken, tmp_path_factory, name):
+    """Under nohup, or in the background of a script, a training outlives its terminal."""
+    if not hasattr(signal, name):
+        pytest.skip(f"this system has no {name}")
+    out, number = copied(begun, tmp_path_factory), getattr(signal, name)
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with at_event(5, lambda: os.kill(os.getpid(), number)):
+            assert trainings.go_on(out).signal is None
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+    assert trainings.outcome(out) == trainings.outcome(unbroken)
+
+
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "ab")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time_trains_and_a_kill_locks_nobody_out(
+    begun, unbroken, tmp_path_factory
+):
+    pytest.importorskip("fcntl")
+    out = copied(begun, tmp_path_factory)
+    command = [sys.executable, "-c", HOLDER, str(out / lock.FILE)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.read(4) == b"held"
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+        with pytest.raises(InputError, match=rf"^{out}: another process is training there; "):
+            trainings.go_on(out)
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+        other.kill()
+    trainings.go_on(out)
+    assert trainings.outcome(out) == trainings.outcome(unbroken)
+
+
+def test_a_file_system_without_locks_is_trained_on(begun, tmp_path_factory, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert trainings.go_on(copied(begun, tmp_path_factory)).steps == 7
+
+
+def test_where_no_training_was_begun_none_is_locked(tmp_path):
+    (tmp_path / "training").mkdir()
+    with pytest.raises(InputError, match=r"checkpoint\.safetensors: cannot be read"):
+        trainings.go_on(tmp_path)
+    assert list((tmp_path / "training").iterdir()) == []
 
 
 def test_a_full_disk_is_one_sentence_and_the_training_goes_on_later(
@@ -277,6 +395,41 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_the_checkpoint_stays(
         trainings.go_on(out)
     assert checkpoint.load(out / checkpoint.FILE, CPU)[1].step == 4
     assert "NaN" not in (out / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_validation_loss_that_is_not_finite_ends_the_training_as_well(
+    begun, tmp_path_factory, monkeypatch, wrong
+):
+    out, losses = copied(begun, tmp_path_factory), iter([3.0, wrong])
+    monkeypatch.setattr(evaluation, "mean_loss", lambda *_: next(losses))
+    with pytest.raises(InputError, match=rf"the loss is {wrong} .* a lower --learning-rate"):
+        trainings.go_on(out)
+    _, state = checkpoint.load(out / checkpoint.FILE, CPU)
+    assert (state.step, state.best) == (2, 3.0)
+    assert len(metrics.read(out / "metrics.jsonl")) == 1 + 3  # no line of that validation
+
+
+def test_a_checkpoint_comes_after_the_metrics_it_knows_of_are_on_the_disk(
+    begun, tmp_path_factory, monkeypatch
+):
+    """What a power cut would show, with lines in the system's memory alone."""
+    out, on_disk = copied(begun, tmp_path_factory), []
+    real_sync, real_save = os.fsync, checkpoint.save
+    path = out / "metrics.jsonl"
+
+    def sync(descriptor):
+        real_sync(descriptor)
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            on_disk.append(path.stat().st_size)
+
+    def save(*args):
+        assert on_disk[-1] == path.stat().st_size == args[2].metrics
+        real_save(*args)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert trainings.go_on(out).steps == len(on_disk) + 3 == 7  # checkpoints of 2, 4, 6 and 7
 
 
 def test_a_picture_or_sample_that_fails_is_told_once_and_loses_nothing(
@@ -347,10 +500,42 @@ def test_first_weights_are_normal_narrower_into_the_residual_stream_and_tell_the
     assert (initial(config, 4).embed_VD != params.embed_VD).mean() > 0.99
 
 
-def test_settings_out_of_range_are_named():
-    for name, value in {"rows": 0, "steps": 2.5, "learning_rate": -1.0, "seed": -1}.items():
-        with pytest.raises(InputError, match=f"{name}: expected"):
-            Settings(**{**vars(trainings.SETTINGS), name: value})
+NAN, INF = math.nan, math.inf
+OUT_OF_RANGE = {
+    **dict.fromkeys(("context", "rows", "steps", "accumulate"), (0, -1, 2.5, "3", True, None)),
+    **dict.fromkeys(("eval_every", "checkpoint_every"), (0, -1, 2.5, "3", True, None)),
+    **dict.fromkeys(
+        ("warmup", "seed"), (-1, 0.5, "3", False, None)
+    ),  # NumPy takes no negative seed
+    "lora": (0, -1, 1.5, "8", True),
+    "recompute": (0, 1, None, "yes"),
+    "learning_rate": (0, -1.0, NAN, INF, "1", True, None),
+    "epsilon": (0, -1e-8, NAN, INF, "1", True, None),
+    "clip": (0.0, -1, NAN, INF, "1", True, None),
+    "decay": (-0.1, NAN, INF, "1", False, None),
+    "floor": (-0.1, 1.1, NAN, "1", True, None),
+    **dict.fromkeys(("beta1", "beta2"), (-0.1, 1.0, NAN, "0", False, None)),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_settings_out_of_range_are_named(name):
+    for value in OUT_OF_RANGE[name]:
+        with pytest.raises(InputError, match=f"^{name}: expected .*, found {value}$"):
+            replace(trainings.SETTINGS, **{name: value})
+
+
+def test_every_setting_has_a_range_and_its_ends_are_inside():
+    assert set(OUT_OF_RANGE) == set(vars(trainings.SETTINGS))
+    ends = {"warmup": 0, "seed": 0, "decay": 0, "floor": 0, "beta1": 0, "beta2": 0.0, "lora": 1}
+    assert vars(replace(trainings.SETTINGS, **ends)).items() >= ends.items()
+    assert replace(trainings.SETTINGS, floor=1).floor == 1
+
+
+@given(st.integers(1, 3000), st.integers(0, 300))
+def test_the_warm_up_is_a_tenth_of_the_steps_at_most(steps, warmup):
+    found = changed(replace(trainings.SETTINGS, warmup=warmup), steps=steps, lora=None)
+    assert (found.steps, found.warmup) == (steps, min(warmup, steps // 10))
 
 
 def test_a_beginning_that_fails_leaves_nothing(tmp_path):

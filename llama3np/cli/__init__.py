@@ -102,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def ended_by_signals() -> Iterator[None]:
     """Let a closed terminal or a kill end the command as Ctrl-C does: unfinished files go.
 
-    Handlers are as before once the block is left, for programs that call `main` themselves.
+    A signal that is ignored, as nohup has it, stays ignored. Handlers are as before once the block
+    is left, for programs that call `main` themselves.
     """
 
     def end(number: int, _: Any) -> NoReturn:
@@ -111,6 +112,7 @@ def ended_by_signals() -> Iterator[None]:
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
         numbers = []  # only that thread can
+    numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     before = [(number, signal.signal(number, end)) for number in numbers]
     try:
         yield

@@ -81,7 +81,7 @@ def order_of(args: argparse.Namespace) -> Order:
 
 def refuse_other(out: Path, order: Order) -> None:
     """Raise InputError, naming the option, if the training in OUT was begun otherwise."""
-    stored, _ = checkpoint.load(out / checkpoint.FILE, CPU)
+    stored = checkpoint.load_run(out / checkpoint.FILE)
     options = {name: option for option, (name, _, _) in SETTINGS.items()}
     pairs = {
         options.get(name, f"--{name}"): (getattr(stored.settings, name), value)

@@ -90,19 +90,28 @@ def save(path: Path, run: Run, state: State) -> None:
 
 def load(path: Path, device: Device) -> tuple[Run, State]:
     """The run and its state, on a device. Raises CheckpointError for any other file."""
-    arrays, annotations = safetensors.read_annotated(path, _FLOAT32)
-    told = parse_json(annotations.get(_ANNOTATION, "{}").encode(), f"{path}: {_ANNOTATION}")
-    try:
-        run = _run(told["run"])
-        numbers: dict[str, Any] = {name: told[name] for name in _NUMBERS}
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: expected a checkpoint of this version's llama3np train, found none ({error})"
-        ) from None
+    run, numbers, arrays = _mapped(path)
     rank = run.settings.lora
     shapes = named_shapes(run.config) if rank is None else lora.shapes(run.config, rank)
     params, first, second = (_flat(arrays, kind, shapes, path, device) for kind in _FLATS)
     return run, State(params, first, second, **numbers)
+
+
+def load_run(path: Path) -> Run:
+    """The run alone: no tensor is read. Raises CheckpointError for any other file."""
+    return _mapped(path)[0]
+
+
+def _mapped(path: Path) -> tuple[Run, dict[str, Any], dict[str, np.ndarray]]:
+    """The run, the numbers of its state, and the tensors, still in the file."""
+    arrays, annotations = safetensors.read_annotated(path, _FLOAT32)
+    told = parse_json(annotations.get(_ANNOTATION, "{}").encode(), f"{path}: {_ANNOTATION}")
+    try:
+        return _run(told["run"]), {name: told[name] for name in _NUMBERS}, arrays
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: expected a checkpoint of this version's llama3np train, found none ({error})"
+        ) from None
 
 
 def _run(told: dict[str, Any]) -> Run:

@@ -19,6 +19,7 @@ from llama3np.load.huggingface import tokenizer_of
 from llama3np.params import Params, mapped
 from llama3np.train import checkpoint, curve, evaluation, frozen, tokens
 from llama3np.train.checkpoint import Run, State
+from llama3np.train.lock import alone
 from llama3np.train.metrics import Metrics
 from llama3np.train.optimizer import AdamW, clip, learning_rate
 from llama3np.train.parts import PART, BatchGradient
@@ -49,12 +50,14 @@ def train(out: Path, device: Device, threads: int) -> Result:
     """Go on with the training in OUT to its last step, or to Ctrl-C (SIGINT, SIGTERM, SIGHUP).
 
     Progress is told on stderr. However it ends, what is in OUT can be gone on with. Raises
-    InputError for an OUT without a checkpoint, data that were changed since, a full disk, and a
-    loss that is not finite any more.
+    InputError for an OUT without a checkpoint or with another process at work, data that were
+    changed since, a full disk, and a loss that is not finite any more.
     """
     use(device)
-    with on(device):
-        run, state = checkpoint.load(out / checkpoint.FILE, device)
+    path = out / checkpoint.FILE
+    checkpoint.load_run(path)  # before a lock is made where there is no training
+    with alone(out), on(device):
+        run, state = checkpoint.load(path, device)
         checkpoint.verify(out, run)
         with Progress(state.step, run.settings.steps) as progress:
             return Training(out, run, state, device, threads, progress).go()

@@ -37,6 +37,7 @@ class Metrics:
                     f"found {found}"
                 )
             os.truncate(path, length)
+            self._file.seek(0, os.SEEK_END)  # tell() is the old end until then, or a write
 
     def write(self, **line: Any) -> None:
         """Add a line. Raises ValueError for a number that is not finite: JSON has none."""

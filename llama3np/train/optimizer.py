@@ -11,8 +11,8 @@ import numpy as np
 from llama3np.backend import namespace
 from llama3np.train.flat import Flat
 
-# Numbers at a time: the parts of all four vectors and what is computed between them, 64 kB each
-# in float32, stay in a core's second-level cache. A device has a launch to pay for each part.
+# Numbers at a time: the chunks of all four vectors and what is computed between them, 64 kB each
+# in float32, stay in a core's second-level cache. A device has a launch to pay for each chunk.
 CHUNK = 1 << 14
 
 
@@ -35,18 +35,18 @@ class AdamW(NamedTuple):
         """Change w, first (m) and second (v) in place, all of one dtype; t is 1 the first time."""
         straight = rate / (1 - self.beta1**t)
         scale = 1 / sqrt(1 - self.beta2**t)
-        for part in parts(w.vector, 0, w.matrices):
-            w.vector[part] *= 1 - rate * self.decay
-        for part in parts(w.vector, 0, len(w.vector)):
-            g, m, v = grad.vector[part], first.vector[part], second.vector[part]
+        for chunk in chunks(w.vector, 0, w.matrices):
+            w.vector[chunk] *= 1 - rate * self.decay
+        for chunk in chunks(w.vector, 0, len(w.vector)):
+            g, m, v = grad.vector[chunk], first.vector[chunk], second.vector[chunk]
             m += (1 - self.beta1) * (g - m)
             v *= self.beta2
             v += (1 - self.beta2) * g * g
             root = namespace(v).sqrt(v)
-            w.vector[part] -= straight * m / (root * scale + self.epsilon)
+            w.vector[chunk] -= straight * m / (root * scale + self.epsilon)
 
 
-def parts(vector: Any, start: int, stop: int) -> Iterator[slice]:
+def chunks(vector: Any, start: int, stop: int) -> Iterator[slice]:
     """Slices that cover start to stop: short ones on the host, a single one on a device."""
     step = CHUNK if namespace(vector) is np else max(1, stop - start)
     return (slice(i, min(i + step, stop)) for i in range(start, stop, step))
@@ -58,8 +58,8 @@ def norm(vector: Any) -> float:
     Infinite or not a number if one of the numbers is.
     """
     xp, total = namespace(vector), 0.0
-    for part in parts(vector, 0, len(vector)):  # no product of BLAS: its order may change
-        total += float(xp.square(vector[part], dtype=xp.float64).sum())
+    for chunk in chunks(vector, 0, len(vector)):  # no product of BLAS: its order may change
+        total += float(xp.square(vector[chunk], dtype=xp.float64).sum())
     return sqrt(total)
 
 
@@ -71,8 +71,8 @@ def clip(grad: Flat, limit: float) -> float:
     """
     length = norm(grad.vector)
     if limit < length < float("inf"):
-        for part in parts(grad.vector, 0, len(grad.vector)):
-            grad.vector[part] *= limit / length
+        for chunk in chunks(grad.vector, 0, len(grad.vector)):
+            grad.vector[chunk] *= limit / length
     return length
 
 
@@ -82,7 +82,8 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int, floor: float)
         peak (step + 1) / warmup                                              if step < warmup
         floor + (peak - floor) (1 + cos(pi x)) / 2,  x = (step - warmup) / (steps - 1 - warmup)
 
-    Loshchilov & Hutter 2017 without restarts; warm-up as in nanoGPT. The last step's is the floor.
+    Loshchilov & Hutter 2017 without restarts; warm-up as in nanoGPT. The last step's is the floor,
+    but the peak if the warm-up leaves no other step to have it: warmup = steps - 1.
     """
     if step < warmup:
         return peak * (step + 1) / warmup

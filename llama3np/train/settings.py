@@ -8,16 +8,39 @@ Sources, by the names used below:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import inf, sqrt
-from numbers import Integral
-from typing import NamedTuple
+from math import isfinite, sqrt
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llama3np.config import Config
 from llama3np.errors import InputError
 from llama3np.params import Params, from_named, named_shapes
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
+
+
+_COUNTS = ("context", "rows", "steps", "accumulate", "eval_every", "checkpoint_every")
+# Names of settings, what fits each of them, and that in words.
+_RANGES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (_COUNTS, lambda x: _whole(x, 1), "a whole number from 1 on"),
+    (("warmup", "seed"), lambda x: _whole(x, 0), "a whole number from 0 on"),
+    (("lora",), lambda x: x is None or _whole(x, 1), "a whole number from 1 on"),
+    (("recompute",), lambda x: isinstance(x, bool), "true or false"),
+    (("learning_rate", "epsilon", "clip"), lambda x: _number(x) and x > 0, "a number above 0"),
+    (("decay",), lambda x: _number(x) and x >= 0, "a number from 0 on"),
+    (("floor",), lambda x: _number(x) and 0 <= x <= 1, "a number from 0 to 1"),
+    (("beta1", "beta2"), lambda x: _number(x) and 0 <= x < 1, "a number from 0 on below 1"),
+)
 
 
 @dataclass(frozen=True)
@@ -43,16 +66,10 @@ class Settings:
     checkpoint_every: int = 250  # steps, so that a power cut costs minutes
 
     def __post_init__(self):
-        positive = ("context", "rows", "steps", "accumulate", "eval_every", "checkpoint_every")
-        for name in (*positive, "warmup", "seed"):
-            value, least = getattr(self, name), int(name in positive)
-            if not isinstance(value, Integral) or value < least:
-                raise InputError(f"{name}: expected a whole number from {least} on, found {value}")
-        if self.lora is not None and self.lora < 1:
-            raise InputError(f"lora: expected a whole number from 1 on, found {self.lora}")
-        rate = self.learning_rate
-        if not 0 < rate < inf:
-            raise InputError(f"learning_rate: expected a number above 0, found {rate}")
+        for names, fits, expected in _RANGES:
+            for name in names:
+                if not fits(value := getattr(self, name)):
+                    raise InputError(f"{name}: expected {expected}, found {value}")
 
     @property
     def batch_rows(self) -> int:

@@ -24,7 +24,8 @@ class Signals:
 
     Those are the ones that change nothing, so that what they were about can be begun again:
     a gradient, an evaluation. A signal that comes at another time is raised by the next of them.
-    The second signal does what it did before, at once.
+    The second signal does what it did before, at once. One that was ignored stays so: nohup and a
+    script's `&` ask for it.
     """
 
     def __init__(self) -> None:
@@ -35,8 +36,8 @@ class Signals:
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():  # others cannot set handlers
             for name in _NAMES:
-                if hasattr(signal, name):
-                    number = getattr(signal, name)
+                number = getattr(signal, name, None)
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._handle)
         return self
 

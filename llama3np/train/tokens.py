@@ -21,7 +21,7 @@ from llama3np.tokenizer.bpe import BytePairTokenizer
 from llama3np.train import texts
 from llama3np.train.vocabulary import end_of_text
 
-PARTS = ("train", "val")
+SPLITS = ("train", "val")
 
 
 class Tokens(NamedTuple):
@@ -55,7 +55,7 @@ def write(
     The files' texts come one after the other, each after BOS where the tokenizer has prompts begin
     with it, the end-of-text id between two. Memory is that of texts.BLOCK characters, but for
     vocabularies of characters (Llama 2's), where it is a file's. length: of the windows, of which
-    either part must have one. The directory appears whole or not at all; raises InputError for a
+    either split must have one. The directory appears whole or not at all; raises InputError for a
     text that is too short or cannot be read, and for a directory that is there already.
     """
     if not 0 < val_fraction < 1:
@@ -67,14 +67,14 @@ def write(
 def _n_train(n_tokens: int, val_fraction: float, length: int) -> int:
     """As nanoGPT cuts (data/shakespeare_char/prepare.py): data[:int(n * 0.9)] is trained on."""
 
-    def parts(n: int) -> tuple[int, int]:
+    def sizes(n: int) -> tuple[int, int]:
         n_train = int(n * (1 - val_fraction))
         return n_train, n - n_train
 
-    if min(parts(n_tokens)) > length:
-        return parts(n_tokens)[0]
+    if min(sizes(n_tokens)) > length:
+        return sizes(n_tokens)[0]
     below = int(length / max(val_fraction, 1 - val_fraction))
-    needed = next(n for n in count(below) if min(parts(n)) > length)
+    needed = next(n for n in count(below) if min(sizes(n)) > length)
     raise InputError(
         f"text: expected {needed} tokens or more, for one window of {length} to train on and "
         f"one to validate by, found {n_tokens}"
@@ -120,8 +120,8 @@ def store(
 
 def _halve(path: Path, dtype: type, n_train: int, suffix: str) -> None:
     stream_M = np.memmap(path, dtype, "r")
-    for part, part_M in zip(PARTS, (stream_M[:n_train], stream_M[n_train:]), strict=True):
-        np.save(path.with_name(f"{part}{suffix}.npy"), part_M)
+    for split, split_M in zip(SPLITS, (stream_M[:n_train], stream_M[n_train:]), strict=True):
+        np.save(path.with_name(f"{split}{suffix}.npy"), split_M)
 
 
 # ---- reading ---------------------------------------------------------------------------------
@@ -132,13 +132,13 @@ def open_tokens(directory: str | Path) -> tuple[Tokens, Tokens]:
 
     Raises InputError, naming the file, for one that is missing or is not of their kind.
     """
-    train, val = (_open(Path(directory), part) for part in PARTS)
+    train, val = (_open(Path(directory), split) for split in SPLITS)
     return train, val
 
 
-def _open(directory: Path, part: str) -> Tokens:
-    ids_M = _map(directory / f"{part}.npy", (np.uint16, np.uint32))
-    mask = directory / f"{part}_mask.npy"
+def _open(directory: Path, split: str) -> Tokens:
+    ids_M = _map(directory / f"{split}.npy", (np.uint16, np.uint32))
+    mask = directory / f"{split}_mask.npy"
     mask_M = _map(mask, (np.uint8,)) if mask.exists() else None
     if mask_M is not None and len(mask_M) != len(ids_M):
         raise InputError(f"{mask}: expected {len(ids_M)} numbers, found {len(mask_M)}")
