@@ -169,6 +169,7 @@ def test_an_out_that_is_not_empty_is_refused(trained, text):
 def test_another_option_than_the_stored_one_is_refused_with_resume(trained, option, value, was):
     said = refused("--out", trained[0], "--resume", option, value)
     assert said.startswith(f"{option}: the training in {trained[0]} began with {was}, not with")
+    assert said.endswith("a new --out" if value in ("small", "bpe:300") else f"--init {trained[0]}")
 
 
 def test_another_text_is_refused_with_resume(trained, tmp_path, text):

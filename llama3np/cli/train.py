@@ -112,10 +112,12 @@ def refuse_other(out: Path, order: Order) -> None:
     pairs["--text"] = (stored.origin["text"], text_digest(order.text) or None)
     for option, (was, value) in pairs.items():
         if value is not None and value != was:
+            new = option in ("--preset", "--tokenizer")  # which --init has none of
+            other = "a new --out" if new else f"--init {out}"
             what = "other files" if option == "--text" else f"{was}, not with {value}"
             raise InputError(
                 f"{option}: the training in {out} began with {what}; --resume goes on as it began, "
-                f"to the last bit: leave {option} out, or begin another with --init {out}"
+                f"to the last bit: leave {option} out, or begin another with {other}"
             )
 
 
