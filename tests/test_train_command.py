@@ -1,12 +1,14 @@
 """`llama3np train` as a person meets it: its files, signals, refusals, and fine-tuning."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -169,6 +171,7 @@ def test_an_out_that_is_not_empty_is_refused(trained, text):
 def test_another_option_than_the_stored_one_is_refused_with_resume(trained, option, value, was):
     said = refused("--out", trained[0], "--resume", option, value)
     assert said.startswith(f"{option}: the training in {trained[0]} began with {was}, not with")
+    assert said.endswith("a new --out" if value in ("small", "bpe:300") else f"--init {trained[0]}")
 
 
 def test_options_are_compared_without_reading_a_tensor(trained):
@@ -187,7 +190,7 @@ def test_another_text_is_refused_with_resume(trained, tmp_path, text):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--resume"], "checkpoint.safetensors: cannot be read: No such file"),
+        (["--resume"], "--resume: out: expected a training, found none"),
         ([], "--text: expected a file or more, found none"),
         (["--text", "absent.txt"], "absent.txt: cannot be read: No such file"),
         (["--text", "a.txt", "b.jsonl"], "plain text or dialogs (.jsonl), found a.txt and b.jsonl"),
@@ -200,6 +203,8 @@ def test_another_text_is_refused_with_resume(trained, tmp_path, text):
         (["--text", "TEXT", "--device", "cuda:77"], "device: "),
         (["--text", "TEXT", "--tokenizer", "words"], "--tokenizer: expected char, bpe:N or a file"),
         (["--text", "TEXT", "--context", "9999"], "text: expected"),
+        (["--text", "TEXT", "--context", "1000000000"], "text: expected 10000000001 tokens"),
+        (["--text", "TEXT", "--context", "9" * 400], "--context: expected at most 2147483647"),
     ],
 )
 def test_what_cannot_be_trained_is_told_in_a_sentence_and_leaves_nothing(
@@ -209,6 +214,59 @@ def test_what_cannot_be_trained_is_told_in_a_sentence_and_leaves_nothing(
     args = [str(text) if arg == "TEXT" else arg for arg in args]
     assert said in refused(*args, "--out", "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        (".", "expected a name for what is to be made, found none"),
+        ("", "expected a name for what is to be made, found none"),
+        ("a" * 300, "cannot be written: File name too long"),
+        ("a" * 300 + "/out", "cannot be written: File name too long"),
+        ("empty", "exists already, and is not overwritten"),
+        ("dangling", "exists already, and is not overwritten"),
+        ("empty/x/y", "cannot be written: empty is no directory"),
+    ],
+)
+def test_an_out_that_cannot_be_is_told(tmp_path, monkeypatch, text, out, said):
+    monkeypatch.chdir(tmp_path)
+    if "empty" in out:
+        (tmp_path / "empty").touch()
+    elif out == "dangling":
+        (tmp_path / out).symlink_to("nowhere")
+    before = list(tmp_path.iterdir())
+    assert said in refused("--text", text, "--out", out)
+    assert list(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "é" * 127])
+def test_an_out_may_have_as_long_a_name_as_the_system_takes(tmp_path, name):
+    assert trainings.begin(tmp_path, name=name).joinpath(checkpoint.FILE).exists()
+
+
+def test_an_error_in_an_out_of_a_long_name_is_told(tmp_path):
+    with pytest.raises(InputError, match=r"expected .* tokens or more"):
+        trainings.begin(tmp_path, "too short", name="a" * 255)
+
+
+def test_a_reader_who_leaves_stderr_costs_no_training(begun_small):
+    read, write = os.pipe()
+    os.close(read)
+    command = [*COMMAND, "train", "--out", begun_small, "--resume"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=write, check=False)
+    os.close(write)
+    assert (done.returncode, done.stdout[:9]) == (0, b"written: ")
+
+
+def test_a_full_disk_at_the_beginning_is_told_by_the_name_of_out(tmp_path, monkeypatch):
+    def full(self, *_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    (tmp_path / "text.txt").write_bytes(trainings.TEXT.encode())
+    out = tmp_path / "out"
+    said = refused("--text", tmp_path / "text.txt", "--out", out)
+    assert said == f"{out}/tokenizer_config.json: cannot be written: No space left on device"
 
 
 def test_a_missing_matplotlib_costs_the_picture_alone(begun_small, monkeypatch, capsys):
@@ -285,6 +343,7 @@ def test_a_model_of_another_vocabulary_is_fine_tuned(tmp_path):
     order = start.Order([tmp_path / "text.txt"], init=str(stories), given=given)
     (note,) = start.begin(tmp_path / "out", order)
     assert "the tokenizer is left out" in note
+    assert note.endswith("the new model takes token ids only, and samples of it are left out")
     trainings.go_on(tmp_path / "out")
     losses = [line.get("val_loss") for line in metrics.read(tmp_path / "out/metrics.jsonl")]
     assert losses[0] < 4  # of 6.2 for guessing: the weights and the ids fit each other
@@ -297,6 +356,8 @@ def test_what_cannot_be_fine_tuned_is_told(model, tmp_path):
         fine_tuned(tmp_path / "bare", tmp_path)
     with pytest.raises(InputError, match="--context: expected at most the 8 positions"):
         fine_tuned(model, tmp_path, context=9)
+    with pytest.raises(InputError, match="context: expected a whole number from 1 on, found 0"):
+        fine_tuned(model, tmp_path, context=0)
     assert not (tmp_path / "out").exists()
 
 
@@ -305,7 +366,7 @@ def test_dialogs_are_learned_from_with_masks(tmp_path):
         {"messages": [{"role": "user", "content": str(n)}, {"role": "assistant", "content": "ok"}]}
         for n in range(20)
     ]
-    path = tmp_path / "chat.jsonl"
+    path = tmp_path / "chat.JSONL"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     out, preset = tmp_path / "out", Preset(trainings.SIZES, trainings.SETTINGS)
     with mock.patch.dict(start.PRESETS, tiny=preset):

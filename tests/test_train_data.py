@@ -66,6 +66,11 @@ def test_a_text_without_a_place_to_cut_stays_whole():
     assert list(texts.cut(io.StringIO("a\n\n" * 500), 100)) == ["a\n\n" * 500]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa\xef\xbb\xbf")
+    assert "".join(texts.blocks(tmp_path / "a.txt")) == "a\ufeff"
+
+
 def test_line_ends_are_those_of_python(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"a\r\nb\rc\n")
     assert "".join(texts.blocks(tmp_path / "a.txt")) == "a\nb\nc\n"
@@ -137,7 +142,11 @@ def test_bpe_joins_the_most_frequent_pair_first():
 @pytest.mark.parametrize(
     ("spec", "complaint"),
     [
-        ("bpe:256", r"bpe:256: expected 257 tokens or more .*, found 256"),
+        ("bpe:256", r"expected 257 tokens or more .*, and at most 1048576, found 'bpe:256'"),
+        ("bpe:1000000000", "at most 1048576, found 'bpe:1000000000'"),  # ended the process
+        ("bpe:18446744073709551615", "at most 1048576, found 'bpe:18446"),
+        ("bpe:" + "9" * 5000, "at most 1048576, found 'bpe:999"),
+        ("a" * 300, "expected char, bpe:N or a file, found 'aaa"),
         ("bpe:9999", r"bpe:9999: the text makes only \d+ tokens"),
         ("bpe", "expected char, bpe:N or a file, found 'bpe'"),
         ("bpe:-3", "found 'bpe:-3'"),
@@ -168,11 +177,40 @@ def test_a_tokenizer_that_exists_is_taken_with_its_settings(tmp_path, named):
     assert taken.chat_template == made.chat_template is not None
 
 
-def test_a_tokenizer_model_is_taken(tmp_path):
+def test_a_tokenizer_model_is_taken_with_the_same_ids_for_other_programs(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\n".join(voc.rank_lines()))
-    taken = vocabulary.make(str(tmp_path / "tokenizer.model"), [], tmp_path / "b", chat=False)
+    taken = vocabulary.make(str(tmp_path / "tokenizer.model"), [], tmp_path / "b", chat=True)
     assert taken.n_vocab == 128_256
     assert vocabulary.end_of_text(taken) == taken.specials[END]
+    files = {"tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in (tmp_path / "b").iterdir()} == files
+    theirs = voc.library(json.loads((tmp_path / "b/tokenizer.json").read_bytes()))
+    assert theirs.encode(SAMPLE).ids == taken.encode(SAMPLE, bos=True)
+    settings = json.loads((tmp_path / "b/tokenizer_config.json").read_bytes())
+    assert settings["eos_token"] == "<|eot_id|>"
+    assert "<|start_header_id|>" in settings["chat_template"]
+
+
+def test_a_tokenizer_json_alone_gets_the_settings_that_other_programs_read(tmp_path):
+    made = vocabulary.make("bpe:300", [SAMPLE], tmp_path / "a", chat=False)
+    (tmp_path / "a/tokenizer_config.json").unlink()
+    taken = vocabulary.make(str(tmp_path / "a/tokenizer.json"), [], tmp_path / "b", chat=False)
+    assert (tmp_path / "b/tokenizer_config.json").exists()
+    assert taken.encode(SAMPLE) == made.encode(SAMPLE)
+
+
+def test_a_tokenizer_that_is_not_written_is_copied(tmp_path, monkeypatch):
+    """Llama 2's kind."""
+
+    def refuse(_):
+        raise InputError("a vocabulary of characters is not written")
+
+    vocabulary.make("bpe:300", [SAMPLE], tmp_path / "a", chat=False)
+    (tmp_path / "a/tokenizer_config.json").unlink()
+    monkeypatch.setattr(vocabulary, "to_tokenizer_json", refuse)
+    vocabulary.make(str(tmp_path / "a"), [], tmp_path / "b", chat=False)
+    copied = {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
+    assert copied == {"tokenizer.json": (tmp_path / "a/tokenizer.json").read_bytes()}
 
 
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
@@ -271,6 +309,13 @@ def test_a_text_too_short_is_told_how_long_it_must_be(tmp_path_factory, char, va
     with pytest.raises(InputError, match=f"expected {needed} tokens"):
         written(needed - 1)
     assert sorted(path.name for path in directory.iterdir()) == sorted(["a", f"{needed}"])
+
+
+def test_how_long_a_text_must_be_is_told_at_once(tmp_path, char):
+    """A search from below took a step for each token."""
+    (tmp_path / "a").write_text("x", encoding="utf-8")
+    with pytest.raises(InputError, match="expected 10000000001 tokens"):
+        tokens.write(tmp_path / "new", char, [tmp_path / "a"], length=10**9)
 
 
 @pytest.mark.parametrize(

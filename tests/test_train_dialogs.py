@@ -116,6 +116,24 @@ def test_contents_are_what_the_messages_say(tmp_path):
     assert list(dialogs.contents([data])) == ["Hi", "Hello!", "é\n"]
 
 
+def test_a_byte_order_mark_before_the_first_line_is_skipped(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(HI), encoding="utf-8-sig")
+    assert list(dialogs.contents([tmp_path / "a.jsonl"])) == ["Hi", "Hello!"]
+
+
+def test_a_lone_surrogate_is_told_before_a_vocabulary_is_made_of_it(tmp_path):
+    data = written(tmp_path / "a.jsonl", [HI, [{**ANSWER, "content": "a\ud800"}]])
+    complaint = r"a\.jsonl:2: message 0: content: .* the lone surrogate U\+D800"
+    with pytest.raises(InputError, match=complaint):
+        vocabulary.make("char", dialogs.contents([data]), tmp_path / "new", True)
+
+
+def test_a_tools_turn_has_the_role_of_chat_in_the_written_template(llama3):
+    tool = {**ANSWER, "role": "tool"}
+    assert chat_ids(llama3, [tool]) == chat_ids(llama3, [{**tool, "role": "ipython"}])
+    assert "('ipython' if message['role'] == 'tool' else message['role'])" in llama3.chat_template
+
+
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
@@ -126,10 +144,14 @@ def test_contents_are_what_the_messages_say(tmp_path):
         ('["Hi"]', "message 0: expected a text for 'role', found 'Hi'"),
         ('[{"role": "assistant"}]', "message 0: expected a text for 'content'"),
         ('[{"role": "assistant", "content": null}]', "expected a text for 'content'"),
-        ('[{"role": "user", "content": "Hi"}]', "expected an assistant's message, found"),
-        ("[]", "expected an assistant's message, found []"),
+        ('[{"role": "user", "content": "Hi"}]', "expected an assistant's message"),
+        (
+            "[]",
+            "expected an assistant's message, of a weight other than 0, to learn from, found []",
+        ),
         ('[{"role": "assistant", "content": "", "weight": 2}]', "weight: expected 0 or 1, found 2"),
-        ('[{"role": "assistant", "content": "", "weight": 0}]', "expected an assistant's message"),
+        ('[{"role": "assistant", "content": "", "weight": 0}]', "of a weight other than 0"),
+        ('[{"role": "user", "role": "assistant", "content": ""}]', "'role' stands twice"),
         (json.dumps([{"role": "bot", "content": ""}, *HI]), "expected a role among"),
         (json.dumps([{**ANSWER, "content": "\ud800"}]), "the lone surrogate U+D800"),
     ],

@@ -1,6 +1,7 @@
 """The training loop: whatever stops it, --resume ends where an unbroken run does, bit for bit."""
 
 import errno
+import io
 import itertools
 import json
 import math
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
@@ -28,7 +30,7 @@ from llama3np.load import load_checkpoint
 from llama3np.load.huggingface import tokenizer_of
 from llama3np.params import mapped
 from llama3np.threads import Pool
-from llama3np.train import checkpoint, curve, evaluation, lock, loop, metrics, result, tokens
+from llama3np.train import checkpoint, curve, evaluation, lock, loop, metrics, result, start, tokens
 from llama3np.train.optimizer import AdamW, clip, learning_rate
 from llama3np.train.parts import PART, BatchGradient
 from llama3np.train.progress import Progress
@@ -449,6 +451,49 @@ def test_a_picture_or_sample_that_fails_is_told_once_and_loses_nothing(
     assert said.count("no sample: no colours left") == 1
 
 
+class Hung(io.TextIOBase):
+    """A stderr whose reader has left."""
+
+    def write(self, _):
+        raise BrokenPipeError
+
+
+def test_a_reader_who_leaves_costs_no_training(begun, unbroken, tmp_path_factory, monkeypatch):
+    out = copied(begun, tmp_path_factory)
+    monkeypatch.setattr("sys.stderr", Hung())
+    assert trainings.go_on(out).steps == 7
+    assert trainings.outcome(out) == trainings.outcome(unbroken)
+
+
+def test_numbers_out_of_range_are_one_sentence_without_warnings(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainings, "SETTINGS", replace(trainings.SETTINGS, learning_rate=1e30))
+    out = trainings.begin(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        with pytest.raises(InputError, match="a lower --learning-rate"):
+            trainings.go_on(out, threads=2)
+
+
+def test_too_little_memory_is_one_sentence_with_what_to_lower(begun, tmp_path_factory, monkeypatch):
+    def gradient(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(BatchGradient, "__call__", gradient)
+    with pytest.raises(InputError, match=r"3 rows of 8 tokens; .* --rows or --context, or with"):
+        trainings.go_on(copied(begun, tmp_path_factory))
+
+
+@pytest.mark.parametrize("step", [0, 7])
+def test_a_model_that_was_taken_away_is_written_again_and_said_to_be(
+    begun, unbroken, tmp_path_factory, capsys, step
+):
+    out = copied(unbroken if step else begun, tmp_path_factory)
+    (out / "model.safetensors").unlink()
+    trainings.go_on(out)
+    assert f"model.safetensors: was gone; it is the model of step {step}" in capsys.readouterr().err
+    assert trainings.outcome(out) == trainings.outcome(unbroken)
+
+
 def test_samples_cannot_steer_a_terminal(unbroken, monkeypatch):
     run, state = checkpoint.load(unbroken / checkpoint.FILE, CPU)
     tokenizer, tree = tokenizer_of(unbroken), state.params.params(run.config)
@@ -457,6 +502,21 @@ def test_samples_cannot_steer_a_terminal(unbroken, monkeypatch):
     assert text.startswith("\ufffd[2Jé\n")
     assert all(c.isprintable() or c == "\n" for c in text)
     assert text == evaluation.sample(tree, run.config, tokenizer, prompt, seed=1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"],
+)
+def test_files_that_were_changed_since_are_refused(begun, tmp_path_factory, name):
+    out = copied(begun, tmp_path_factory)
+    text = (out / name).read_bytes()
+    (out / name).write_bytes(text + b"\n")
+    with pytest.raises(InputError, match=rf"{name}: is not the file this training began with"):
+        trainings.go_on(out)
+    (out / name).unlink()
+    with pytest.raises(InputError, match=rf"{name}: expected the file this training began with"):
+        trainings.go_on(out)
 
 
 def test_data_that_were_changed_since_are_refused(begun, tmp_path_factory):
@@ -542,6 +602,37 @@ def test_a_beginning_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match=r"expected .* tokens or more"):
         trainings.begin(tmp_path, text="too short")
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.parametrize("rows", [10**8, 10**18])
+def test_batches_that_memory_cannot_hold_are_refused_before_there_is_an_out(
+    tmp_path, monkeypatch, rows
+):
+    if rows == 10**8:  # where the system does not tell what is free
+
+        def batch(*_):
+            raise MemoryError
+
+        monkeypatch.setattr(start.machine, "available", lambda: None)
+        monkeypatch.setattr(tokens, "batch", batch)
+    with pytest.raises(InputError, match=f"--rows: memory is too small for {rows} rows of 8"):
+        trainings.begin(tmp_path, given={"rows": rows})
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_texts_are_known_by_one_digest_of_all_in_their_order(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    for path in (a, b):
+        path.write_text(path.name)
+    digests = {start.text_digest(files) for files in ([], [a], [a, b], [b, a], [a, b] * 1000)}
+    assert len(digests) == 5
+    assert {len(digest) for digest in digests} == {0, 64}
+
+
+def test_a_text_that_has_no_end_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe: expected a file, found something else"):
+        start.text_digest([tmp_path / "pipe"])
 
 
 # ---- the curve ---------------------------------------------------------------------------------

@@ -17,12 +17,12 @@ SETTINGS = Settings(
 TEXT = "".join(f"{n} sheep and {n * n % 17} llamas\n" for n in range(20))
 
 
-def begin(directory, text=TEXT, **order):
-    """A training at step 0 in directory/out, of a model of SIZES."""
+def begin(directory, text=TEXT, name="out", **order):
+    """A training at step 0 in directory/name, of a model of SIZES."""
     (directory / "text.txt").write_text(text, encoding="utf-8")
     with mock.patch.dict(start.PRESETS, tiny=Preset(SIZES, SETTINGS)):
-        start.begin(directory / "out", start.Order([directory / "text.txt"], **order))
-    return directory / "out"
+        start.begin(directory / name, start.Order([directory / "text.txt"], **order))
+    return directory / name
 
 
 def go_on(out, threads=1):

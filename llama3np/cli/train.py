@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ from llama3np.backend import CPU, parse_device, use
 from llama3np.errors import InputError
 from llama3np.kernels.engine import checked_threads
 from llama3np.threads import available_cores
-from llama3np.train import checkpoint
+from llama3np.train import checkpoint, durable
 from llama3np.train.loop import Result, train
+from llama3np.train.progress import tell
 from llama3np.train.settings import PRESETS
-from llama3np.train.start import Order, begin, text_digests
+from llama3np.train.start import LESS_MEMORY, Order, begin, text_digest
 
 TAKES_MODEL = False
 
@@ -57,10 +57,10 @@ def run(args: argparse.Namespace) -> int:
     use(device)  # before anything is made
     order = order_of(args)
     if args.resume:
+        refuse_absent(out)
         refuse_other(out, order)
     else:
-        for note in begin(out, order):
-            print(f"llama3np: {note}", file=sys.stderr)
+        new(out, order)
     result = train(out, device, threads)
     show(out, result, args.json)
     return 0 if result.signal is None else 128 + result.signal
@@ -79,6 +79,26 @@ def order_of(args: argparse.Namespace) -> Order:
     return Order(text, args.preset, args.tokenizer, args.init, settings)
 
 
+def new(out: Path, order: Order) -> None:
+    """Begin, and tell what OUT cannot hold. Raises InputError as `begin` does, or out of memory."""
+    try:
+        notes = begin(out, order)
+    except MemoryError:
+        raise InputError(f"{out}: memory is too small to begin; {LESS_MEMORY}") from None
+    for note in notes:
+        tell(f"llama3np: {note}")
+
+
+def refuse_absent(out: Path) -> None:
+    """Raise InputError if there is no training in OUT."""
+    with durable.told(out):
+        if not (out / checkpoint.FILE).exists():
+            raise InputError(
+                f"--resume: {out}: expected a training, found none ({checkpoint.FILE}); "
+                "without --resume one begins"
+            )
+
+
 def refuse_other(out: Path, order: Order) -> None:
     """Raise InputError, naming the option, if the training in OUT was begun otherwise."""
     stored = checkpoint.load_run(out / checkpoint.FILE)
@@ -89,13 +109,15 @@ def refuse_other(out: Path, order: Order) -> None:
     }
     pairs["--preset"] = (stored.origin.get("preset"), order.preset)
     pairs["--tokenizer"] = (stored.origin.get("tokenizer"), order.tokenizer)
-    pairs["--text"] = (stored.origin["text"], text_digests(order.text) or None)
+    pairs["--text"] = (stored.origin["text"], text_digest(order.text) or None)
     for option, (was, value) in pairs.items():
         if value is not None and value != was:
+            new = option in ("--preset", "--tokenizer")  # which --init has none of
+            other = "a new --out" if new else f"--init {out}"
             what = "other files" if option == "--text" else f"{was}, not with {value}"
             raise InputError(
                 f"{option}: the training in {out} began with {what}; --resume goes on as it began, "
-                f"to the last bit: leave {option} out, or begin another with --init {out}"
+                f"to the last bit: leave {option} out, or begin another with {other}"
             )
 
 
@@ -106,8 +128,7 @@ def show(out: Path, result: Result, as_json: bool) -> None:
     elif result.signal is None:
         print(f"written: {out} (validation loss {result.best_val_loss:.4f})")
     if result.signal is not None:
-        print(
+        tell(
             f"llama3np: stopped at step {result.steps}; to go on: "
-            f"llama3np train --out {out} --resume",
-            file=sys.stderr,
+            f"llama3np train --out {out} --resume"
         )

@@ -64,6 +64,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def parse_json(text: bytes, source: str) -> dict[str, Any]:
     """Parse one JSON object without a repeated key. Raises CheckpointError naming `source`."""
+    value = parse_value(text, source)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{source}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def parse_value(text: bytes | str, source: str) -> Any:
+    """Parse JSON of any kind, its objects without repeated keys. Raises as parse_json does."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen = dict(pairs)
@@ -74,20 +82,20 @@ def parse_json(text: bytes, source: str) -> dict[str, Any]:
         return seen
 
     try:
-        value = json.loads(text, object_pairs_hook=once)
+        return json.loads(text, object_pairs_hook=once)
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
         raise CheckpointError(f"{source}: expected JSON, found something else ({error})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{source}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def refuse_existing(path: Path) -> None:
     """Raise InputError if there is anything at `path`: nothing here overwrites."""
-    if path.exists() or path.is_symlink():
-        raise InputError(f"{path}: exists already, and is not overwritten")
+    try:
+        if path.exists() or path.is_symlink():
+            raise InputError(f"{path}: exists already, and is not overwritten")
+    except OSError as error:  # a name that is too long, a loop of links
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 @contextmanager
@@ -109,7 +117,11 @@ def new_directory(directory: Path) -> Iterator[Path]:
 
 
 def _is_empty(directory: Path) -> bool:
-    return directory.is_dir() and not any(directory.iterdir())
+    """Whether there is an empty directory, not a link to one, which no rename replaces."""
+    try:
+        return not directory.is_symlink() and directory.is_dir() and not any(directory.iterdir())
+    except OSError:
+        return False
 
 
 @contextmanager
@@ -131,8 +143,14 @@ def _removed_on_failure(path: Path) -> Iterator[Path]:
 
     Directories above that do not exist are made, and removed as well if nothing came into them.
     """
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
+    if path.name in ("", ".."):
+        raise InputError(f"{path}: expected a name for what is to be made, found none")
+    # Systems take names of 255 bytes, and a character has up to four.
+    temporary = path.with_name(f"{path.name[:50]}.{secrets.token_hex(8)}.partial")
     absent = [parent for parent in path.parents if not parent.exists()]
+    for above in path.parents[len(absent) :][:1]:
+        if not above.is_dir():
+            raise InputError(f"{path}: cannot be written: {above} is no directory")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

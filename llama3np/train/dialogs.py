@@ -7,7 +7,6 @@ learned. The ids are those of llama3np.chat, so training sees what `chat` will a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as short
@@ -17,6 +16,7 @@ import numpy as np
 
 from llama3np.chat import chat_format, chat_ids
 from llama3np.errors import InputError
+from llama3np.load.files import parse_value
 from llama3np.tokenizer import Tokenizer
 from llama3np.train.texts import open_text
 from llama3np.train.tokens import Tokens, store
@@ -60,17 +60,17 @@ def contents(files: Iterable[str | Path]) -> Iterator[str]:
 
 
 def _messages(line: str, where: str) -> list[Message]:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: expected JSON, found something else ({error})") from None
+    value = parse_value(line, where)
     messages = value.get("messages") if isinstance(value, dict) else value
     if not isinstance(messages, list):
         raise InputError(f"{where}: expected a list of messages, found {short(value)}")
     for i, message in enumerate(messages):
         _check(message, f"{where}: message {i}")
     if not any(map(_learned, messages)):
-        raise InputError(f"{where}: expected an assistant's message, found {short(messages)}")
+        raise InputError(
+            f"{where}: expected an assistant's message, of a weight other than 0, to learn from, "
+            f"found {short(messages)}"
+        )
     return messages
 
 
@@ -78,6 +78,13 @@ def _check(message: Any, where: str) -> None:
     for key in ("role", "content"):
         if not isinstance(message, dict) or not isinstance(message.get(key), str):
             raise InputError(f"{where}: expected a text for {key!r}, found {short(message)}")
+        try:
+            message[key].encode()
+        except UnicodeEncodeError as error:  # JSON can say what UTF-8 cannot hold
+            lone = f"U+{ord(error.object[error.start]):04X}"
+            raise InputError(
+                f"{where}: {key}: expected Unicode, found the lone surrogate {lone}"
+            ) from None
     if message.get("weight", 1) not in (0, 1):
         raise InputError(f"{where}: weight: expected 0 or 1, found {short(message['weight'])}")
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from llama3np.backend import Device, namespace, on, use
 from llama3np.errors import InputError
-from llama3np.load.huggingface import tokenizer_of
+from llama3np.load.huggingface import SINGLE, tokenizer_of
 from llama3np.params import Params, mapped
 from llama3np.train import checkpoint, curve, evaluation, frozen, tokens
 from llama3np.train.checkpoint import Run, State
@@ -26,7 +26,7 @@ from llama3np.train.parts import PART, BatchGradient
 from llama3np.train.progress import Progress
 from llama3np.train.result import as_read, replace_adapters, replace_weights
 from llama3np.train.signals import Signals, Stopped
-from llama3np.train.start import TOKENS
+from llama3np.train.start import LESS_MEMORY, TOKENS
 from llama3np.train.tokens import Batch
 
 METRICS = "metrics.jsonl"
@@ -50,8 +50,8 @@ def train(out: Path, device: Device, threads: int) -> Result:
     """Go on with the training in OUT to its last step, or to Ctrl-C (SIGINT, SIGTERM, SIGHUP).
 
     Progress is told on stderr. However it ends, what is in OUT can be gone on with. Raises
-    InputError for an OUT without a checkpoint or with another process at work, data that were
-    changed since, a full disk, and a loss that is not finite any more.
+    InputError for an OUT without a checkpoint or with another process at work, files that were
+    changed since, a full disk, too little memory, and a loss that is not finite any more.
     """
     use(device)
     path = out / checkpoint.FILE
@@ -59,8 +59,15 @@ def train(out: Path, device: Device, threads: int) -> Result:
     with alone(out), on(device):
         run, state = checkpoint.load(path, device)
         checkpoint.verify(out, run)
-        with Progress(state.step, run.settings.steps) as progress:
-            return Training(out, run, state, device, threads, progress).go()
+        settings = run.settings
+        with Progress(state.step, settings.steps) as progress:
+            try:
+                return Training(out, run, state, device, threads, progress).go()
+            except MemoryError:
+                raise InputError(
+                    f"{out}: memory is too small for {settings.rows} rows of {settings.context} "
+                    f"tokens; {LESS_MEMORY}"
+                ) from None
 
 
 class Training:
@@ -95,7 +102,9 @@ class Training:
     def go(self) -> Result:
         """Run to the end or to a signal; write a checkpoint and draw the curve then."""
         began, first, stopped = time.perf_counter(), self.state.step, None
-        with self.signals:
+        self.restore()
+        # What is not finite is looked for, and told in one sentence, not by NumPy's warnings.
+        with self.signals, np.errstate(all="ignore"):
             try:
                 self.to_the_end()
             except Stopped as signal:
@@ -191,6 +200,17 @@ class Training:
         xp = namespace(self.state.params.vector)
         params = as_read(self.trained.on_host(self.state.params), self.dtype)
         return mapped(params, xp.asarray)
+
+    def restore(self) -> None:
+        """Write the model if someone has taken it away: that of now, for the best one is lost."""
+        state = self.state
+        if not (self.out / SINGLE).is_file():
+            self.publish()
+            state.best = state.val_loss if state.evaluated == state.step else None
+            self.progress.say(
+                f"{self.out / SINGLE}: was gone; it is the model of step {state.step} now, until a "
+                "validation finds a better one"
+            )
 
     def publish(self) -> None:
         """Make the weights of now the model in OUT; adapters alone are beside it."""

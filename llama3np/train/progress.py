@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
 EVERY_S = 10.0  # between lines into a pipe
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """A block that tells on stderr, or tells nobody any more once the reader there has left."""
+    try:
+        yield
+    except OSError:
+        # What did not get out is tried again when Python ends, which would be its status then.
+        with suppress(OSError, ValueError):  # ValueError: no file of the system
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def tell(text: str) -> None:
+    """Print lines on stderr."""
+    with unheard():
+        print(text, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -23,12 +43,14 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
-            self._bar.start()
+            with unheard():
+                self._bar.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with unheard():
+                self._bar.stop()
 
     def stepped(self, step: int, loss: float, tokens_per_s: float, seconds: float) -> None:
         """Tell of a step that is done, and took so long."""
@@ -40,7 +62,8 @@ class Progress:
         facts = f"loss {loss:.4f}{val}, {tokens_per_s:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._bar.tasks[0].id, completed=step, facts=facts)
-            self._bar.refresh()
+            with unheard():
+                self._bar.refresh()
         elif now - self._told >= EVERY_S or step == self.steps:
             self._told = now
             left = timedelta(seconds=round(self._left(now)))
@@ -65,9 +88,10 @@ class Progress:
     def say(self, text: str) -> None:
         """Print lines, above the live line if there is one."""
         if self._bar is None:
-            print(text, file=sys.stderr, flush=True)
+            tell(text)
         else:
-            self._bar.console.print(text, markup=False, highlight=False)
+            with unheard():
+                self._bar.console.print(text, markup=False, highlight=False, emoji=False)
 
 
 def _bar(start: int, steps: int) -> Any:

@@ -48,7 +48,7 @@ class Settings:
     """Everything that decides what is computed, but for the sizes of the model and the data."""
 
     context: int  # T, tokens of a window: what a sample can look back on
-    rows: int  # B, windows that go into a step at a time; memory grows with it
+    rows: int  # B, windows at a time; they bound the memory of a device, on the CPU parts.PART does
     steps: int  # the schedule ends there, so it cannot be changed half-way
     learning_rate: float  # at the peak
     warmup: int = 100  # steps of the linear rise: nanoGPT's for characters

@@ -28,12 +28,13 @@ _LAST_CUT = re.compile(r"(?s:.*)(?:(?<=\S)(?= )|(?<=\S\n)(?=\S))")
 def open_text(path: str | Path) -> Iterator[TextIO]:
     r"""Open a UTF-8 file; every line ends with \n, as in all of Python's text files.
 
+    A byte order mark at its beginning is left out: editors put it there, nobody wrote it.
     Raises InputError for a file that is missing, no regular file, or not UTF-8.
     """
     path = Path(path)
     refuse_special(path)
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             yield file
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None

@@ -73,7 +73,7 @@ def _n_train(n_tokens: int, val_fraction: float, length: int) -> int:
 
     if min(sizes(n_tokens)) > length:
         return sizes(n_tokens)[0]
-    below = int(length / max(val_fraction, 1 - val_fraction))
+    below = max(0, int(length / min(val_fraction, 1 - val_fraction)) - 1)  # a few steps below
     needed = next(n for n in count(below) if min(sizes(n)) > length)
     raise InputError(
         f"text: expected {needed} tokens or more, for one window of {length} to train on and "

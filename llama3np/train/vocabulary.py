@@ -13,10 +13,12 @@ and no text is without ids: a character that training never saw is the bytes it 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from llama3np.errors import InputError
@@ -35,11 +37,15 @@ _END_OF_TURN = "<|eot_id|>"
 _CHAT = (BEGIN_OF_TEXT, END_OF_TEXT, "<|start_header_id|>", "<|end_header_id|>", _END_OF_TURN)
 # Llama 3's dialogs, for transformers; llama3np.chat builds the same ids without it.
 _TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
+    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + "
+    "('ipython' if message['role'] == 'tool' else message['role']) + "
     "'<|end_header_id|>\n\n' + message['content'] + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
     "{% endif %}"
 )
+# The library makes room for N tokens before it looks at the text. Five times the largest
+# vocabularies there are.
+_MOST_TOKENS = 1 << 20
 # Of what stands beside a tokenizer's file, that which changes its ids or its dialogs.
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -55,11 +61,11 @@ def make(spec: str, texts: Iterable[Path | str], directory: str | Path, chat: bo
     directory = Path(directory)
     names = _CHAT if chat else (END_OF_TEXT,)
     if spec == "char":
-        _write(directory, byte_level(characters(_read(texts)), names))
+        _write(directory, _files(byte_level(characters(_read(texts)), names)))
     elif re.fullmatch(r"bpe:\d+", spec):
-        _write(directory, byte_level(trained(spec, _read(texts), len(names)), names))
-    elif Path(spec).exists():
-        _copy(Path(spec), directory)
+        _write(directory, _files(byte_level(trained(spec, _read(texts), len(names)), names)))
+    elif os.path.exists(spec):  # noqa: PTH110  that of Path raises for names that are too long
+        _take(Path(spec), directory, chat)
     else:
         raise InputError(f"--tokenizer: expected char, bpe:N or a file, found {spec!r}")
     return tokenizer_of(directory)
@@ -116,11 +122,12 @@ def trained(spec: str, texts: Iterable[str], n_specials: int) -> list[bytes]:
 
     Only pairs that stand in the text twice are joined: one that came once teaches nothing.
     """
-    n_tokens, least = int(spec.removeprefix("bpe:")), 256 + n_specials
-    if n_tokens < least:
+    digits, least = spec.removeprefix("bpe:"), 256 + n_specials
+    n_tokens = int(digits) if len(digits) < 20 else _MOST_TOKENS + 1  # int() has its own limit
+    if not least <= n_tokens <= _MOST_TOKENS:
         raise InputError(
-            f"--tokenizer {spec}: expected {least} tokens or more (256 bytes and "
-            f"{n_specials} for control), found {n_tokens}"
+            f"--tokenizer: expected {least} tokens or more (256 bytes and {n_specials} for "
+            f"control), and at most {_MOST_TOKENS}, found {short(spec)}"
         )
     byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
     ids = _joined(texts, n_tokens - n_specials)
@@ -157,27 +164,49 @@ def _joined(texts: Iterable[str], n_tokens: int) -> dict[str, int]:
 # ---- files -----------------------------------------------------------------------------------
 
 
-def _write(directory: Path, tokenizer: BytePairTokenizer) -> None:
-    eos_id = tokenizer.specials.get(_END_OF_TURN, tokenizer.specials[END_OF_TEXT])
-    _write_json(directory / "tokenizer_config.json", to_tokenizer_config(tokenizer, eos_id))
-    _write_json(directory / "tokenizer.json", to_tokenizer_json(tokenizer))
+def _files(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+    """What to write, by name. Raises InputError for what a tokenizer.json cannot hold."""
+    eos_id = tokenizer.specials.get(_END_OF_TURN, end_of_text(tokenizer))
+    return {
+        "tokenizer_config.json": to_tokenizer_config(tokenizer, eos_id),
+        "tokenizer.json": to_tokenizer_json(tokenizer),
+    }
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    with new_file(path) as temporary:
-        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-        temporary.write_text(text, encoding="utf-8")
+def _write(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, value in files.items():
+        with new_file(directory / name) as temporary:
+            text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+            temporary.write_text(text, encoding="utf-8")
 
 
-def _copy(source: Path, directory: Path) -> None:
-    """Copy a tokenizer's file under the name it is looked for by, and what stands beside it."""
+def _take(source: Path, directory: Path, chat: bool) -> None:
+    """Put a tokenizer that exists where it is looked for, so that every program sees the same ids.
+
+    That takes a tokenizer.json with a tokenizer_config.json beside it: they are copied, or written
+    for a file that has none of them. What cannot be written is copied: Llama 2's kind.
+    """
     names = {"tokenizer.json": from_tokenizer_json, "tokenizer.model": from_tokenizer_model}
     found = [source / name for name in names] if source.is_dir() else [source]
     file = next((file for file in found if file.is_file()), None)
     name = next((name for name in names if file and file.suffix == Path(name).suffix), None)
     if file is None or name is None:
         raise InputError(f"--tokenizer: {source}: expected {' or '.join(names)}, found neither")
-    names[name](file)  # refused here, by its own name, before anything is written
+    tokenizer = names[name](file)  # refused here, by its own name, before anything is written
+    if name == "tokenizer.json" and file.with_name(_BESIDE[0]).exists():
+        _copy(file, directory, name)
+        return
+    if chat and tokenizer.chat_template is None and {*_CHAT} <= {*tokenizer.specials}:
+        tokenizer.chat_template = _TEMPLATE
+    try:
+        files = _files(tokenizer)
+    except InputError:
+        _copy(file, directory, name)
+    else:
+        _write(directory, files)
+
+
+def _copy(file: Path, directory: Path, name: str) -> None:
     beside = {file.with_name(other): directory / other for other in _BESIDE}
     for path, target in ({file: directory / name} | beside).items():
         if path.is_file():
