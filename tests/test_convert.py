@@ -625,7 +625,8 @@ def test_stop_ids_and_sampling_that_a_target_cannot_hold_are_told(smollm2, tmp_p
     (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(generation))
     told = convert(tmp_path / "hf", tmp_path / "back.gguf")
     assert told == [
-        "the sampling is not kept: (0.6, 0, 0.9, None) became (0.0, 0, 1.0, None)",
+        "the sampling is not kept: temperature 0.6, top_k 0, top_p 0.9 became temperature 0.0, "
+        "top_k 0, top_p 1.0",
         "the stop ids is not kept: [0, 2, 5] became [0, 2]",
     ]
 

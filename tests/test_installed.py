@@ -149,6 +149,14 @@ def test_nothing_here_speaks_in_its_place_where_no_model_is_named(capsys, tmp_pa
     assert "shakespeare: expected config.json" in refused(capsys, "generate", "shakespeare", "Hi")
 
 
+def test_its_files_recommend_to_sample_and_say_where_a_text_ends():
+    file = json.loads((paths.EMBEDDED / "generation_config.json").read_text(encoding="utf-8"))
+    assert (file["do_sample"], file["temperature"]) == (True, 0.8)
+    llm = llama3np.load("shakespeare")
+    assert llm.sampling._asdict() == {"temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": None}
+    assert llm.stop_ids == {llm.tokenizer.specials["<|end_of_text|>"]} == set(file["eos_token_id"])
+
+
 def test_by_a_path_it_is_a_model_like_any_other(capsys, tmp_path, monkeypatch):
     """Even if the path is its name."""
     shutil.copytree(paths.EMBEDDED, tmp_path / "shakespeare")

@@ -561,4 +561,7 @@ def test_the_commands(model, tmp_path):
     status, _, err = llama3np("convert", model, tmp_path / "x", "--adapter", tmp_path / "nothing")
     assert status == 2
     assert "adapter_config.json: cannot be read: No such file or directory" in err
+    for wrong, said in ((tmp_path / "out", f"there is one in {adapter}"), ("", "an empty name")):
+        status, _, err = llama3np("convert", model, tmp_path / "x", "--adapter", wrong)
+        assert (status, said in err) == (2, True), err
     assert not (tmp_path / "x").exists()

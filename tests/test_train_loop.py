@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 from contextlib import suppress
 from unittest import mock
 
@@ -294,6 +295,13 @@ def test_a_picture_or_sample_that_fails_is_told_once_and_loses_nothing(
     said = capsys.readouterr().err
     assert said.count("no loss.png: no colours left") == 1
     assert said.count("no sample: no colours left") == 1
+
+
+def test_matplotlibs_absence_is_told_as_the_end_of_a_sentence(tmp_path, monkeypatch):
+    """`no loss.png:` stands before it."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match=r"^the curve needs matplotlib: pip install "):
+        curve.draw(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
 
 
 def test_samples_cannot_steer_a_terminal(unbroken, monkeypatch):

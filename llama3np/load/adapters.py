@@ -27,6 +27,7 @@ from llama3np.params import named_shapes
 
 _MOST_RANK, _MOST_ALPHA = 2**31 - 1, sys.float_info.max
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FOLDER = "adapter"  # of a training's output, where these files are
 _PREFIX = "base_model.model."
 
 # Settings that change nothing of what stored adapters add to a model. Any other, known or not, is
@@ -108,6 +109,10 @@ def read(directory: Path, config: Config) -> Adapters:
     adapters of the seven matrices of blocks: other kinds (DoRA, ...), biases, ranks by module.
     """
     path, weights = directory / SETTINGS, directory / WEIGHTS
+    if not path.exists() and (directory / FOLDER / SETTINGS).exists():
+        raise CheckpointError(
+            f"{directory}: expected {SETTINGS}, found none; there is one in {directory / FOLDER}"
+        )
     told = read_json(path)
     rank, scale = _rank_and_scale(told, path)
     if not weights.exists():
