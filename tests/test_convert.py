@@ -407,13 +407,15 @@ def llama3_merges():
 
 
 def test_vocabularies_of_characters_are_left_out_with_a_word(tmp_path):
-    shutil.copy(paths.shared("data/stories260K.bin"), tmp_path / "stories260K.bin")
-    shutil.copy(paths.shared("data/tok512.bin"), tmp_path)
+    config = replace(SMALL, vocab_size=261)
+    source = saved(tmp_path / "m.bin", "llama2c", config, small(config=config))
+    pieces = vocabularies.llama2c_bytes([(0.0, " "), (-1.0, "a")])
+    (tmp_path / "tokenizer.bin").write_bytes(pieces)
     for out in ("hf", "x.gguf"):
-        (told,) = convert(tmp_path / "stories260K.bin", tmp_path / out)
-        assert "stories260K.bin: the tokenizer is left out: a vocabulary of characters" in told
+        (told,) = convert(source, tmp_path / out)
+        assert "m.bin: the tokenizer is left out: a vocabulary of characters" in told
         assert load_checkpoint(tmp_path / out).tokenizer is None
-    assert values(tmp_path / "hf")[1] == values(tmp_path / "stories260K.bin")[1]
+    assert values(tmp_path / "hf")[1] == values(source)[1]
 
 
 def test_hugging_face_files_are_copied(smollm2, tmp_path):
