@@ -302,14 +302,7 @@ class Llama:
         used = int(cache.lengths_B.max()) if cache is not None else 0
         room = cache.max_seq_len if cache is not None else self.max_seq_len
         longest = used + max(map(len, batch), default=0)
-        if max_new_tokens is None:
-            max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room - longest))
-        max_new_tokens = as_count("max_new_tokens", max_new_tokens, 0)
-        if longest + max_new_tokens > room:
-            raise InputError(
-                f"prompt of {longest} tokens + max_new_tokens {max_new_tokens} "
-                f"exceeds max_seq_len {room}"
-            )
+        max_new_tokens = fitting(longest, max_new_tokens, room)
         if not batch or max_new_tokens == 0:
             return iter(())
         if cache is None:
@@ -378,6 +371,23 @@ def as_count(name: str, value: Any, least: int) -> int:
     if not isinstance(value, Integral) or value < least:
         raise InputError(f"{name}: expected a whole number from {least} on, found {value!r}")
     return int(value)
+
+
+def fitting(longest: int, max_new_tokens: int | None, room: int) -> int:
+    """The number of new tokens, once they fit after so many; if None, what fits and is usual."""
+    if max_new_tokens is None:
+        if longest >= room:
+            raise InputError(
+                f"prompt: expected at most {room - 1} tokens, for one more to fit max_seq_len "
+                f"{room}, found {longest}"
+            )
+        return min(DEFAULT_NEW_TOKENS, room - longest)
+    count = as_count("max_new_tokens", max_new_tokens, 0)
+    if longest + count > room:
+        raise InputError(
+            f"prompt of {longest} tokens + max_new_tokens {count} exceeds max_seq_len {room}"
+        )
+    return count
 
 
 def as_sampling(options: dict[str, Any]) -> Sampling:

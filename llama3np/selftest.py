@@ -9,6 +9,7 @@ Nothing is told that was not seen here: the report says what was run, and what w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -340,13 +341,14 @@ def measurements(
 
 
 def default_model() -> str | None:
-    """The first model that is here of those with a name: smollm2, or the embedded one."""
-    from llama3np.load.installed import MODELS, resolve
+    """The first model that is here of those with a name: smollm2, or the embedded one.
+
+    By its name, or by its path where something else of that name lies here.
+    """
+    from llama3np.load.installed import MODELS, installed, resolve
 
     for name in MODELS:
-        try:
-            if resolve(name).exists():
-                return name
-        except InputError:
-            continue
+        with contextlib.suppress(InputError):
+            path = installed(name)
+            return name if resolve(name) == path else str(path)
     return None

@@ -271,9 +271,9 @@ def test_a_llama2_message_with_a_mark_of_turns_is_refused(tag):
 
 
 def test_a_vocabulary_without_format_is_refused():
-    assert chat_format(voc.tok512()) is None
+    assert chat_format(voc.pieces()) is None
     with pytest.raises(InputError, match="has no chat format"):
-        chat_ids(voc.tok512(), [{"role": "user", "content": "Hi"}])
+        chat_ids(voc.pieces(), [{"role": "user", "content": "Hi"}])
 
 
 @pytest.mark.parametrize(

@@ -407,13 +407,15 @@ def llama3_merges():
 
 
 def test_vocabularies_of_characters_are_left_out_with_a_word(tmp_path):
-    shutil.copy(paths.shared("data/stories260K.bin"), tmp_path / "stories260K.bin")
-    shutil.copy(paths.shared("data/tok512.bin"), tmp_path)
+    config = replace(SMALL, vocab_size=261)
+    source = saved(tmp_path / "m.bin", "llama2c", config, small(config=config))
+    pieces = vocabularies.llama2c_bytes([(0.0, " "), (-1.0, "a")])
+    (tmp_path / "tokenizer.bin").write_bytes(pieces)
     for out in ("hf", "x.gguf"):
-        (told,) = convert(tmp_path / "stories260K.bin", tmp_path / out)
-        assert "stories260K.bin: the tokenizer is left out: a vocabulary of characters" in told
+        (told,) = convert(source, tmp_path / out)
+        assert "m.bin: the tokenizer is left out: a vocabulary of characters" in told
         assert load_checkpoint(tmp_path / out).tokenizer is None
-    assert values(tmp_path / "hf")[1] == values(tmp_path / "stories260K.bin")[1]
+    assert values(tmp_path / "hf")[1] == values(source)[1]
 
 
 def test_hugging_face_files_are_copied(smollm2, tmp_path):
@@ -626,7 +628,8 @@ def test_stop_ids_and_sampling_that_a_target_cannot_hold_are_told(smollm2, tmp_p
     (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(generation))
     told = convert(tmp_path / "hf", tmp_path / "back.gguf")
     assert told == [
-        "the sampling is not kept: (0.6, 0, 0.9, None) became (0.0, 0, 1.0, None)",
+        "the sampling is not kept: temperature 0.6, top_k 0, top_p 0.9 became temperature 0.0, "
+        "top_k 0, top_p 1.0",
         "the stop ids is not kept: [0, 2, 5] became [0, 2]",
     ]
 

@@ -27,7 +27,8 @@ import vocabularies
 from hypothesis import given
 from hypothesis import strategies as st
 from test_load import version_1
-from test_tokenizer import llama2c_bytes, small, with_
+from test_tokenizer import small, with_
+from vocabularies import llama2c_bytes
 
 import llama3np.params
 from llama3np import tokenizer

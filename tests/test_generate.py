@@ -262,6 +262,9 @@ def test_max_new_tokens_defaults_to_what_fits_and_may_be_0(where, model):
     llm = llama(model, where, max_seq_len=8)
     assert len(llm.generate([0] * 6)[0].ids) == 2
     assert llm.generate([0] * 8, 0) == [([], "", None, "length")]
+    for length in (8, 11):
+        with pytest.raises(InputError, match=f"expected at most 7 tokens.* 8, found {length}"):
+            llm.generate([0] * length)
     assert llm.generate([], 3) == []
     with pytest.raises(InputError, match="max_new_tokens"):
         llm.generate([0], -1)

@@ -140,6 +140,23 @@ def test_it_samples_as_its_files_recommend_unless_told_otherwise(capsys):
     assert few == sampled(capsys, "ROMEO:", *same, "--top-k", 3) != greedy
 
 
+def test_nothing_here_speaks_in_its_place_where_no_model_is_named(capsys, tmp_path, monkeypatch):
+    """A file or folder of its name counts for those who typed the name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shakespeare").mkdir()
+    assert run(capsys, "generate", "ROMEO:", *GREEDY) == ROMEO["generated_text"] + "\n"
+    assert run(capsys, "generate", "--temperature", 0, "--max-new-tokens", 1)
+    assert "shakespeare: expected config.json" in refused(capsys, "generate", "shakespeare", "Hi")
+
+
+def test_its_files_recommend_to_sample_and_say_where_a_text_ends():
+    file = json.loads((paths.EMBEDDED / "generation_config.json").read_text(encoding="utf-8"))
+    assert (file["do_sample"], file["temperature"]) == (True, 0.8)
+    llm = llama3np.load("shakespeare")
+    assert llm.sampling._asdict() == {"temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": None}
+    assert llm.stop_ids == {llm.tokenizer.specials["<|end_of_text|>"]} == set(file["eos_token_id"])
+
+
 def test_by_a_path_it_is_a_model_like_any_other(capsys, tmp_path, monkeypatch):
     """Even if the path is its name."""
     shutil.copytree(paths.EMBEDDED, tmp_path / "shakespeare")
@@ -154,7 +171,10 @@ def test_by_a_path_it_is_a_model_like_any_other(capsys, tmp_path, monkeypatch):
     [
         (("no-such.gguf",), "expected either PROMPT or --prompt-ids"),
         (("no/such/model",), "expected either PROMPT or --prompt-ids"),
-        (("smollm2",), "expected either PROMPT or --prompt-ids"),
+        (("smollm2",), "'smollm2' is taken as MODEL (as a PROMPT: generate shakespeare smollm2)"),
+        (("and/or",), "'and/or' is taken as MODEL, and nothing is there (as a PROMPT: generate"),
+        (("a b.bin",), "generate shakespeare 'a b.bin')"),
+        ((str(paths.GOLDENS),), "' is taken as MODEL (as a PROMPT: generate shakespeare /"),
         (("no-such-model", "Hi"), "no-such-model: expected a checkpoint"),
         (("no-such-model", "--prompt-ids", "1"), "no-such-model: expected a checkpoint"),
         (("shakespeare", "Hi", "--prompt-ids", "1"), "expected either PROMPT or --prompt-ids"),

@@ -14,6 +14,7 @@ import safetensors as peer
 import strategies
 from hypothesis import given
 from hypothesis import strategies as st
+from vocabularies import llama2c_bytes
 
 import llama3np.params
 from llama3np.config import Config, RopeScaling
@@ -312,6 +313,14 @@ def test_a_gguf_model_of_the_gguf_package_loads(tmp_path):
     assert [name for _, _, name in told] == list(named_shapes(config)) == list(nbytes)
     assert [done for done, _, _ in told] == np.cumsum(list(nbytes.values())).tolist()
     assert {all_bytes for _, all_bytes, _ in told} == {sum(nbytes.values())}
+
+
+def test_the_embedded_model_is_the_same_in_a_llama2c_file(tmp_path):
+    hf = load_checkpoint(paths.EMBEDDED)
+    save_llama2c(tmp_path / "x.bin", *names.with_pairing(hf.config, hf.params, "interleaved"))
+    found = load_checkpoint(tmp_path / "x.bin")
+    wide = llama3np.params.mapped(hf.params, lambda w: np.asarray(w, np.float32))
+    assert_holds(found, *names.with_pairing(hf.config, wide, "interleaved"))
 
 
 def test_stories260k_is_the_same_model_in_both_formats():
@@ -692,9 +701,11 @@ def test_the_header_of_llama2c_is_the_one_that_run_c_reads():
 
 def test_a_llama2c_tokenizer_cut_between_two_tokens_is_refused(tmp_path):
     """The file has no count of its own, but the checkpoint beside it has."""
-    whole = paths.shared("data/tok512.bin").read_bytes()
-    first = int.from_bytes(whole[8:12], "little")
-    (tmp_path / "tokenizer.bin").write_bytes(whole[: 12 + first])
-    (tmp_path / "model.bin").write_bytes(paths.shared("data/stories260K.bin").read_bytes())
-    with pytest.raises(InputError, match=r"tokenizer\.bin.*(512|token)"):
+    config = replace(SMALL, vocab_size=262)
+    save_llama2c(tmp_path / "model.bin", config, random_params(config))
+    pieces = [(0.0, " "), (-1.0, "a"), (-2.0, " a")]
+    (tmp_path / "tokenizer.bin").write_bytes(llama2c_bytes(pieces))
+    assert load_checkpoint(tmp_path / "model.bin").tokenizer.n_vocab == 262
+    (tmp_path / "tokenizer.bin").write_bytes(llama2c_bytes(pieces[:2]))
+    with pytest.raises(InputError, match=r"tokenizer\.bin.*26[12]"):
         load_checkpoint(tmp_path / "model.bin")

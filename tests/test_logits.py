@@ -12,6 +12,7 @@ from strategies import seeds
 from test_cli import llama3np, result
 
 import llama3np as package
+from llama3np.cli import main
 from llama3np.crosscheck import logits, references, trace
 from llama3np.errors import InputError
 
@@ -136,6 +137,25 @@ def test_windows_hold_every_id_and_begin_with_bos_if_the_text_does(ids, size):
     assert all(2 <= len(part) <= size and part[: len(head)] == head for part in parts)
     held = head + [id for part in parts for id in part[len(head) :]]
     assert held == ids or (held == ids[:-1] and not head and len(held) % size == 0)
+
+
+def test_windows_are_no_longer_than_the_models_context_unless_asked(llm):
+    """Positions beyond it are told."""
+    length, wide = llm.config.context_length, package.load("shakespeare", max_seq_len=1000)
+    ids = [10] * (2 * length + 2)
+    assert [len(part) for part in logits.windows(wide, ids)] == [length, length, 2]
+    assert [len(part) for part in logits.windows(wide, ids, 2 * length)] == [2 * length, 2]
+
+
+def test_a_window_beyond_the_context_is_told(capsys):
+    ids = ",".join(["10"] * 300)
+    options = ("--prompt-ids", ids, "--max-seq-len", "300", "--engine", "numpy")
+    for option, said in (
+        (("--window", "300"), "300 positions, of a model whose context is 256\n"),
+        ((), ""),
+    ):
+        assert main(["score", "shakespeare", *options, *option]) == 0
+        assert capsys.readouterr().err == said
 
 
 def test_a_window_is_scored_on_its_own(llm, ids):

@@ -28,7 +28,7 @@ from llama3np.kernels.adapted import Adapted
 from llama3np.load import adapters, load_checkpoint, names, quantize, safetensors
 from llama3np.load.convert import convert
 from llama3np.params import mapped, named, random
-from llama3np.train import checkpoint, loop, lora, metrics, start
+from llama3np.train import checkpoint, frozen, loop, lora, metrics, start
 from llama3np.train.flat import Flat
 from llama3np.train.parts import Batch, BatchGradient
 from llama3np.train.settings import changed
@@ -249,6 +249,13 @@ Q = "base_model.model.model.layers.1.self_attn.q_proj"
         ({"r": 0}, "r: expected a whole number from 1 on, found 0"),
         ({"r": True}, "r: expected a whole number"),
         ({"lora_alpha": None}, "lora_alpha: expected a number, found None"),
+        ({"r": 10**400}, "r: expected at most 2147483647, found 1000"),
+        ({"lora_alpha": 10**400}, "lora_alpha: expected a number, found 1000"),
+        ({"lora_alpha": True}, "lora_alpha: expected a number, found True"),
+        ({"use_rslora": "no"}, "use_rslora: expected true or false, found 'no'"),
+        ({"layers_to_transform": [0]}, r"layers_to_transform: .* found \[0\] without layer 1"),
+        ({"layers_to_transform": 1}, "layers_to_transform: .* found 1 without layer 0"),
+        ({"layers_pattern": "h"}, "layers_pattern: expected layers, found 'h'"),
         ({"r": 2}, r"lora_A.weight': expected shape \(2, 12\), found \(3, 12\)"),
     ],
 )
@@ -273,6 +280,8 @@ def test_adapters_of_another_kind_are_refused_by_the_setting(tmp_path, changes, 
             "expected lora_A and lora_B of down_proj",
         ),
         ({"base_model.model.lm_head.lora_A.weight": np.ones((3, 12), "f4")}, "lm_head.lora_A"),
+        ({f"{Q}.lora_A.weight": np.full((3, 12), np.nan, "f4")}, "q_proj.lora_A.*expected finite"),
+        ({f"{Q}.lora_B.weight": np.full((24, 3), np.inf, "f2")}, "q_proj.lora_B.*expected finite"),
         ({Q.replace("1", "2") + ".lora_A.weight": np.ones((3, 12), "f4")}, r"layers\.2\.self_attn"),
     ],
 )
@@ -281,6 +290,13 @@ def test_other_tensors_are_refused_by_name(tmp_path, changes, message):
     path = peft_directory(golden, tmp_path, **changes)
     with pytest.raises(CheckpointError, match=message):
         adapters.read(path, config)
+
+
+@pytest.mark.parametrize("layers", [None, [], [0, 1], [1, 0, 7]])
+def test_settings_that_name_all_layers_change_nothing(tmp_path, layers):
+    config, _, golden = of_peft("all")
+    told = {"layers_to_transform": layers, "layers_pattern": "layers"}
+    assert adapters.read(peft_directory(golden, tmp_path, settings=told), config).pairs
 
 
 def test_what_is_no_adapter_is_refused(tmp_path):
@@ -390,6 +406,46 @@ def bits(directory):
     return {name: w.tobytes() for name, w in tensors.items()}
 
 
+@pytest.mark.parametrize("dtype", [None, "f32", "f16", "bf16", "q8_0"])
+def test_a_merged_model_is_rounded_to_the_dtype_asked_for(model, unbroken, tmp_path, dtype):
+    """Or to that of its base, which is bf16, and not to both; W + s B A by NumPy in float64."""
+    out, found = tmp_path / ("x.gguf" if dtype == "q8_0" else "x"), adapters_of(model, unbroken)
+    convert(model, out, dtype=dtype, adapter=unbroken / "adapter")
+    got, had = load_checkpoint(out), load_checkpoint(model)
+    merged = named(names.with_pairing(got.config, got.params, "half")[1], tied=True)
+    base = named(had.params, tied=True)
+    # Rows are not whole blocks, so f16 takes the place of q8_0.
+    to = {None: ml_dtypes.bfloat16, "f32": "f4", "bf16": ml_dtypes.bfloat16}.get(dtype, "f2")
+    for name, (a_RI, b_OR) in found.pairs.items():
+        exact = np.asarray(base[name], "f8") + found.scale * b_OR.astype("f8") @ a_RI.astype("f8")
+        expected = exact.astype("f4").astype(to)
+        np.testing.assert_array_equal(np.asarray(merged[name]).astype(to), expected, name)
+
+
+def adapters_of(model, trained):
+    return adapters.read(trained / "adapter", load_checkpoint(model).config)
+
+
+@pytest.mark.parametrize(
+    ("factor", "dtype", "message"),
+    [
+        (1e30, None, "tensor 'layers.0.wq': with its adapter, has numbers too large for float32"),
+        (1e6, "f16", "tensor 'layers.0.wq': has numbers too large for float16; use bf16 or f32"),
+    ],
+)
+def test_a_sum_that_the_dtype_cannot_hold_is_refused(
+    model, unbroken, tmp_path, factor, dtype, message
+):
+    shutil.copytree(unbroken / "adapter", tmp_path / "adapter")
+    weights = tmp_path / "adapter" / adapters.WEIGHTS
+    tensors = {n: np.full_like(w, factor) for n, w in safetensors.read(weights).items()}
+    weights.unlink()
+    safetensors.write(weights, tensors)
+    with pytest.raises(InputError, match=message):
+        convert(model, tmp_path / "x", dtype=dtype, adapter=tmp_path / "adapter")
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("step", [1, 3])
 def test_a_resumed_training_of_adapters_is_an_unbroken_one(
     begun, unbroken, tmp_path_factory, step, monkeypatch
@@ -428,6 +484,21 @@ def test_the_frozen_model_must_be_there_and_the_same(model, tmp_path_factory):
     shutil.rmtree(base)
     with pytest.raises(CheckpointError, match="expected the model that this training's adapters"):
         trainings.go_on(out)
+    base.mkdir()
+    with pytest.raises(CheckpointError, match=r"model: expected config\.json .* found no files"):
+        trainings.go_on(out)
+
+
+def test_a_frozen_model_in_the_folder_of_metas_files(model, tmp_path):
+    convert(model, tmp_path / "meta" / "original", "meta")
+    known = frozen.identity(tmp_path / "meta")
+    assert sorted(known["files"]) == ["consolidated.00.pth", "params.json"]
+    embed_VD = load_checkpoint(model).params.embed_VD
+    np.testing.assert_array_equal(frozen.load(known).embed_VD, embed_VD)
+    with (tmp_path / "meta" / "original" / "params.json").open("a") as file:
+        file.write("\n")
+    with pytest.raises(CheckpointError, match="is not the model that this training's"):
+        frozen.load(known)
 
 
 @pytest.mark.parametrize("kind", ["q8_0.gguf", "bf16.gguf"])
@@ -490,4 +561,7 @@ def test_the_commands(model, tmp_path):
     status, _, err = llama3np("convert", model, tmp_path / "x", "--adapter", tmp_path / "nothing")
     assert status == 2
     assert "adapter_config.json: cannot be read: No such file or directory" in err
+    for wrong, said in ((tmp_path / "out", f"there is one in {adapter}"), ("", "an empty name")):
+        status, _, err = llama3np("convert", model, tmp_path / "x", "--adapter", wrong)
+        assert (status, said in err) == (2, True), err
     assert not (tmp_path / "x").exists()

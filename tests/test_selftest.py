@@ -38,6 +38,17 @@ def outcomes(device, path=None):
     return {f"{r.part} {r.name}": r.outcome for r in selftest.checks(device, path)}
 
 
+@pytest.mark.parametrize("name", ["smollm2", "shakespeare"])
+def test_the_default_model_is_an_installed_one_whatever_lies_here(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(installed, "MODELS", (name,))
+    if name == "smollm2":
+        monkeypatch.setattr(installed, "installed", lambda _: tmp_path / "there.gguf")
+    monkeypatch.chdir(tmp_path)
+    assert selftest.default_model() == name
+    (tmp_path / name).mkdir()
+    assert selftest.default_model() == str(installed.installed(name))
+
+
 # ---- on the CPU ---------------------------------------------------------------------------------
 
 

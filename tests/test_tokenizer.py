@@ -7,7 +7,6 @@ import functools
 import hashlib
 import itertools
 import json
-import struct
 import subprocess
 import sys
 import time
@@ -49,8 +48,13 @@ TEXTS = st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(CHARACTERS, max_s
 )
 
 
-@pytest.fixture(scope="module", params=voc.REAL)
+@pytest.fixture(scope="module", params=voc.ALL)
 def tokenizer(request):
+    return voc.ALL[request.param]()
+
+
+@pytest.fixture(scope="module", params=voc.REAL)
+def real(request):
     return voc.REAL[request.param]()
 
 
@@ -201,17 +205,17 @@ def test_a_lone_surrogate_is_refused_with_its_position(tokenizer, text, end, sur
 
 
 @pytest.mark.parametrize("item", GOLDEN["items"], ids=lambda item: ascii(item["text"])[:24])
-def test_ids_of_the_golden_texts(tokenizer, item):
+def test_ids_of_the_golden_texts(real, item):
     text = item["text"]
-    if tokenizer is voc.REAL["tok512"]():
-        assert tokenizer.prompt_ids(text) == item["tok512_with_bos"]
-    elif tokenizer.n_vocab > 100_000:
-        assert tokenizer.encode(text) == item["llama3"]
+    if real is voc.REAL["tok512"]():
+        assert real.prompt_ids(text) == item["tok512_with_bos"]
+    elif real.n_vocab > 100_000:
+        assert real.encode(text) == item["llama3"]
     else:  # the golden has control tokens parsed: put them in by name, and the text between
         ids = []
         for part in _split_at(text, ("<|im_start|>", "<|im_end|>")):
-            special = tokenizer.specials.get(part)
-            ids += tokenizer.encode(part) if special is None else [special]
+            special = real.specials.get(part)
+            ids += real.encode(part) if special is None else [special]
         assert ids == item["smollm2_specials_parsed"]
 
 
@@ -321,14 +325,14 @@ HARD = {
 
 
 @pytest.mark.parametrize("name", HARD)
-def test_a_million_characters_take_seconds(tokenizer, name):
+def test_a_million_characters_take_seconds(real, name):
     """A quadratic merge would take hours here; linear ones take at most three seconds."""
     text = HARD[name]
     start = time.perf_counter()
-    ids = tokenizer.encode(text, bos=True)
+    ids = real.encode(text, bos=True)
     assert time.perf_counter() - start < 20
-    lost = "\x04" if tokenizer is voc.smollm2() else ""
-    assert tokenizer.decode(ids) == (text.replace(lost, "") if lost else text)
+    lost = "\x04" if real is voc.smollm2() else ""
+    assert real.decode(ids) == (text.replace(lost, "") if lost else text)
 
 
 def test_importing_the_package_does_not_import_tiktoken():
@@ -802,15 +806,6 @@ def test_a_spoiled_gguf_vocabulary_is_read_or_refused(data):
 # ---------------------------------------------------------------------------- llama2c
 
 
-def llama2c_bytes(pieces, longest=10):
-    """A llama2.c tokenizer file from (score, text) of the tokens after the bytes."""
-    first = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokens = [*((0.0, text) for text in first), *pieces]
-    encoded = ((score, text.encode()) for score, text in tokens)
-    body = (struct.pack("<fi", score, len(text)) + text for score, text in encoded)
-    return struct.pack("<i", longest) + b"".join(body)
-
-
 @st.composite
 def llama2c_vocabularies(draw):
     """Letters, pieces joined from pieces, scores that may tie; and a text made of them all."""
@@ -862,7 +857,7 @@ def test_tok512_decodes_bytes_and_drops_one_space_after_bos():
     assert tok512.stream([1, 412]).push(410) == " "
 
 
-WHOLE = llama2c_bytes([(0.0, "a"), (-1.0, "b"), (-2.0, "ab")])
+WHOLE = voc.llama2c_bytes([(0.0, "a"), (-1.0, "b"), (-2.0, "ab")])
 
 
 @pytest.mark.parametrize(
@@ -877,9 +872,9 @@ WHOLE = llama2c_bytes([(0.0, "a"), (-1.0, "b"), (-2.0, "ab")])
         WHOLE[:1000],
         WHOLE + b"\0",
         b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 99,
-        llama2c_bytes([(float("nan"), "a")]),
-        llama2c_bytes([(0.0, "a"), (0.0, "a")]),
-        llama2c_bytes([(0.0, "longer than ten")]),
+        voc.llama2c_bytes([(float("nan"), "a")]),
+        voc.llama2c_bytes([(0.0, "a"), (0.0, "a")]),
+        voc.llama2c_bytes([(0.0, "longer than ten")]),
         WHOLE.replace(b"<0x41>", b"<0x40>"),
         WHOLE.replace(b"<0x41>", b"\xff0x41>"),
     ],
@@ -896,7 +891,7 @@ def test_a_llama2c_file_cut_anywhere_is_refused_or_read(tmp_path_factory, cut):
     """Cut between two pieces it is a smaller vocabulary: the format does not say how many."""
     path = tmp_path_factory.mktemp("cut") / "tok.bin"
     path.write_bytes(WHOLE[:cut])
-    whole = {len(llama2c_bytes(pieces)) for pieces in ([], [(0.0, "a")], [(0, "a"), (0, "b")])}
+    whole = {len(voc.llama2c_bytes(pieces)) for pieces in ([], [(0.0, "a")], [(0, "a"), (0, "b")])}
     if cut in whole:
         assert from_llama2c(path).n_vocab >= 259
     else:

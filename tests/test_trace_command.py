@@ -96,6 +96,14 @@ def test_greedy_tokens_are_traced_one_at_a_time(command, tiny):
     assert found.arrays["logits"].argmax(-1)[3:6].tolist() == ids[4:]
 
 
+def test_positions_beyond_the_context_are_told(command):
+    said = "positions, of a model whose context is 64"
+    for length, told in ((64, False), (65, True)):
+        args = ("--prompt-ids", ",".join(["1"] * length), "--no-budgets", "--taps", "embed")
+        status, _, err = command(*args, "-o", f"{length}.npz")
+        assert (status, f"{length} {said}" in err) == (0, told), err
+
+
 def test_a_stop_token_does_not_end_a_trace(tiny, capsys, monkeypatch, tmp_path):
     shutil.copytree(tiny, tmp_path / "stops")
     (tmp_path / "stops" / "generation_config.json").write_text(

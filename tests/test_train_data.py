@@ -270,9 +270,9 @@ def test_a_vocabulary_of_characters_encodes_a_file_at_once(tmp_path, monkeypatch
     """Llama 2's kind puts a space before each text that it is given."""
     monkeypatch.setattr(texts, "BLOCK", 7)
     (tmp_path / "a").write_text("once upon a time\n" * 9, encoding="utf-8")
-    tokens.write(tmp_path / "new", voc.tok512(), [tmp_path / "a"], length=2)
+    tokens.write(tmp_path / "new", voc.pieces(), [tmp_path / "a"], length=2)
     ids = np.concatenate([part.ids_M for part in tokens.open_tokens(tmp_path / "new")]).tolist()
-    assert ids == voc.tok512().prompt_ids("once upon a time\n" * 9)
+    assert ids == voc.pieces().prompt_ids("once upon a time\n" * 9)
 
 
 def test_a_large_vocabulary_has_ids_of_32_bits(tmp_path):

@@ -494,6 +494,13 @@ def test_a_model_that_was_taken_away_is_written_again_and_said_to_be(
     assert trainings.outcome(out) == trainings.outcome(unbroken)
 
 
+def test_matplotlibs_absence_is_told_as_the_end_of_a_sentence(tmp_path, monkeypatch):
+    """`no loss.png:` stands before it."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match=r"^the curve needs matplotlib: pip install "):
+        curve.draw(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+
+
 def test_samples_cannot_steer_a_terminal(unbroken, monkeypatch):
     run, state = checkpoint.load(unbroken / checkpoint.FILE, CPU)
     tokenizer, tree = tokenizer_of(unbroken), state.params.params(run.config)

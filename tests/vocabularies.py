@@ -4,6 +4,9 @@ import base64
 import functools
 import itertools
 import json
+import struct
+import tempfile
+from pathlib import Path
 
 import gguf
 import paths
@@ -59,6 +62,27 @@ def tok512():
     return llama3np.tokenizer.from_llama2c(paths.shared("data/tok512.bin"))
 
 
+def llama2c_bytes(pieces, longest=10):
+    """A llama2.c tokenizer file from (score, text) of the tokens after the bytes."""
+    first = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens = [*((0.0, text) for text in first), *pieces]
+    encoded = ((score, text.encode()) for score, text in tokens)
+    body = (struct.pack("<fi", score, len(text)) + text for score, text in encoded)
+    return struct.pack("<i", longest) + b"".join(body)
+
+
+PIECES = [" ", *"abcdehilnorstw", "é", "he", " t", " the", "ll", "an", " a", "  ", " an"]
+
+
+@functools.cache
+def pieces():
+    """A made-up vocabulary in llama2.c's format, for what holds of every one of its kind."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tokenizer.bin"
+        file.write_bytes(llama2c_bytes([(-float(i), text) for i, text in enumerate(PIECES)]))
+        return llama3np.tokenizer.from_llama2c(file)
+
+
 def chatml(template=None):
     """A ChatML vocabulary of single bytes and two pairs, with this template."""
     texts = ["<|im_start|>", "<|im_end|>", *byte_alphabet(), "ab", "bc"]
@@ -74,6 +98,7 @@ def chatml(template=None):
 
 
 REAL = {"llama3": llama3, "smollm2": smollm2, "tok512": tok512}
+ALL = REAL | {"pieces": pieces}
 
 
 def tokenizer_json(pre, vocab, merges, specials, whole_piece):

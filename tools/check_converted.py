@@ -1,8 +1,9 @@
 """Do other programs open what `llama3np convert` writes, and compute the same with it?
 
-    python -m venv /tmp/peers
-    /tmp/peers/bin/pip install -e . torch==2.13.0 transformers llama-cpp-python
-    /tmp/peers/bin/python tools/check_converted.py SMOLLM2.gguf
+    PEERS/pip install -e . torch==2.13.0 transformers llama-cpp-python
+    PEERS/python tools/check_converted.py SMOLLM2.gguf
+
+PEERS is the bin of an environment of its own, as `python -m venv` makes one.
 
 GGUF -> Hugging Face float32: transformers loads it, and its logits are ours but for rounding; its
 tokenizer gives our ids. That -> GGUF f16 and q8_0: llama.cpp loads each, and its greedy text is

@@ -1,6 +1,6 @@
 """Make every mistake in transformers, and see what `llama3np diagnose` says: docs/confusion.md.
 
-    python tools/confusion.py --peers /tmp/peers/bin/python
+    python tools/confusion.py --peers PEERS/python
 
 runs in this environment; the other Python has torch and transformers (tools/parity/README.md says
 how to make it). It makes each mistake of tools/injections in a transformers model, and captures a

@@ -164,6 +164,12 @@ def load_model(args: argparse.Namespace) -> tuple[Llama, float]:
     return llm, time.perf_counter() - start
 
 
+def note_beyond(llm: Llama, n_positions: int) -> None:
+    """Say on stderr that positions are computed for which the model is not made."""
+    if n_positions > (context := llm.config.context_length):
+        print(f"{n_positions} positions, of a model whose context is {context}", file=sys.stderr)
+
+
 @contextlib.contextmanager
 def plan_printed(device: str) -> Iterator[None]:
     """Print to stderr what the package says while the block runs, if the device is not the CPU."""

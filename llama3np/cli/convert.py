@@ -7,6 +7,7 @@ import json
 import sys
 
 from llama3np.cli import common
+from llama3np.errors import InputError
 from llama3np.load.convert import CHOICES, TARGETS, convert
 from llama3np.load.installed import resolve
 
@@ -30,6 +31,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert; say on stderr what is left out."""
     size = args.shard_size
+    if args.adapter == "":  # which would be the current folder
+        raise InputError("--adapter: expected a directory, found an empty name")
     with common.progress_bar("writing") as progress:
         notes = convert(
             resolve(args.model),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
 
 from llama3np.cli import common
 from llama3np.errors import InputError
 from llama3np.llm import Llama
-from llama3np.load.installed import EMBEDDED, is_embedded, means_model
+from llama3np.load.installed import EMBEDDED, MODELS, installed, is_embedded, means_model
 
 MODEL_IS_OPTIONAL = True
 NOTES = (
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     """Load, continue, print."""
     choose_model(args)
     if (args.prompt is None) == (args.prompt_ids is None):
-        raise InputError("generate: expected either PROMPT or --prompt-ids")
+        raise InputError(f"generate: expected either PROMPT or --prompt-ids{one_word(args)}")
     for name in ("system", "chat_format"):
         if getattr(args, name) is not None and not args.chat:
             raise InputError(f"generate: --{name.replace('_', '-')} needs --chat")
@@ -46,17 +48,30 @@ def run(args: argparse.Namespace) -> None:
     common.show(timed, prompt_ids, load_s, args.json, llm.tokenizer is not None)
 
 
+def one_word(args: argparse.Namespace) -> str:
+    """What became of the only word of a command line without a prompt, and how to make it one."""
+    if args.prompt is not None or not args.named:
+        return ""
+    word = args.model
+    there = word in MODELS or os.path.exists(word)  # noqa: PTH110 - no text raises there
+    return (
+        f": {word!r} is taken as MODEL{'' if there else ', and nothing is there'} "
+        f"(as a PROMPT: generate {EMBEDDED} {shlex.quote(word)})"
+    )
+
+
 def choose_model(args: argparse.Namespace) -> None:
     """Let the embedded model speak where none is named, with a prompt and a way to sample."""
     word = args.model
     if word is not None and args.prompt is args.prompt_ids is None and not means_model(word):
         args.model, args.prompt = None, word  # the only word
-    if args.model is None:
-        args.model = EMBEDDED
+    args.named = args.model is not None
+    if args.named and not is_embedded(args.model):
+        return
+    if not args.named:
+        args.model = str(installed(EMBEDDED))  # a path here of that name was not asked for
         if sys.stderr.isatty():
             print(f"[{EMBEDDED}, the model that comes with llama3np]", file=sys.stderr)
-    if not is_embedded(args.model):
-        return
     if args.prompt is args.prompt_ids is None and not args.chat:
         args.prompt = "\n"
     if args.temperature is None:

@@ -21,7 +21,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     common.prompt_arguments(parser)
     add("--file", metavar="PATH", help="a text file in place of PROMPT")
-    add("--window", type=int, metavar="N", help="token ids at a time, each on its own: all")
+    add(
+        "--window",
+        type=int,
+        metavar="N",
+        help="token ids at a time, each on its own: as "
+        "many as the model's context and --max-seq-len allow",
+    )
     add("--top", type=int, default=logits.TOP, metavar="K", help="logits kept of each position: 64")
     add("-o", "--out", metavar="OUT.npz", help="keep them, as a reference for other models")
     add("--against", metavar="REF.npz", help="say how far from this reference")
@@ -41,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
     if sum(map(len, parts)) < len(ids):
         said = "the last id is left out: alone in its window, nothing predicts it"
         print(f"score: {said}", file=sys.stderr)
+    common.note_beyond(llm, max(map(len, parts)))
     kept, apart = logits.score(llm, parts, args.top, reference)
     result: dict[str, Any] = {"tokens": len(kept.nll_R), **logits.perplexity(kept.nll_R)}
     if apart is not None:

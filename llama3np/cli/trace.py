@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
             f"--decode: expected {llm.max_seq_len} ids at most (max_seq_len), found "
             f"{len(prompt_ids)} of the prompt and {args.decode} more"
         )
+    common.note_beyond(llm, n_tokens)
     first = first_call(args, len(prompt_ids))
     chosen: dict[str, Any] = {
         "layers": numbers(args.layers, "--layers"),

@@ -83,11 +83,11 @@ def _largest(logits_V: np.ndarray, k: int) -> np.ndarray:
 def windows(llm: Llama, ids: Sequence[int], size: int | None = None) -> list[list[int]]:
     """A text's ids in windows of at most `size`; if the text begins with BOS, all of them do.
 
-    size: the model's max_seq_len if None. Raises InputError for fewer than two ids, or a size
-    that is below 2 or above max_seq_len.
+    size: the model's max_seq_len if None, but not beyond its context. Raises InputError for fewer
+    than two ids, or a size that is below 2 or above max_seq_len.
     """
     most = llm.max_seq_len
-    size = min(most, len(ids)) if size is None else size
+    size = min(most, llm.config.context_length, len(ids)) if size is None else size
     if len(ids) < 2:
         raise InputError(f"score: expected at least 2 token ids, found {len(ids)}")
     if not 2 <= size <= most:

@@ -7,8 +7,10 @@ alpha / sqrt(R) B A with use_rslora (Kalajdzievski 2023). Rows stand in Hugging 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from math import isfinite, sqrt
+from functools import partial
+from math import sqrt
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, NamedTuple
@@ -16,13 +18,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama3np.config import Config
-from llama3np.errors import CheckpointError
+from llama3np.errors import CheckpointError, InputError
 from llama3np.kernels.adapted import Adapted
 from llama3np.load import names, safetensors
 from llama3np.load.files import read_json
+from llama3np.load.lazy import Rows
 from llama3np.params import named_shapes
 
+_MOST_RANK, _MOST_ALPHA = 2**31 - 1, sys.float_info.max
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FOLDER = "adapter"  # of a training's output, where these files are
 _PREFIX = "base_model.model."
 
 # Settings that change nothing of what stored adapters add to a model. Any other, known or not, is
@@ -104,7 +109,12 @@ def read(directory: Path, config: Config) -> Adapters:
     adapters of the seven matrices of blocks: other kinds (DoRA, ...), biases, ranks by module.
     """
     path, weights = directory / SETTINGS, directory / WEIGHTS
-    rank, scale = _rank_and_scale(read_json(path), path)
+    if not path.exists() and (directory / FOLDER / SETTINGS).exists():
+        raise CheckpointError(
+            f"{directory}: expected {SETTINGS}, found none; there is one in {directory / FOLDER}"
+        )
+    told = read_json(path)
+    rank, scale = _rank_and_scale(told, path)
     if not weights.exists():
         raise CheckpointError(f"{directory}: expected {WEIGHTS}, found none")
     stored = safetensors.read(weights)
@@ -114,11 +124,10 @@ def read(directory: Path, config: Config) -> Adapters:
         shapes = {f"{stem}.lora_A.weight": (rank, n_in), f"{stem}.lora_B.weight": (n_out, rank)}
         if not any(key in stored for key in shapes):
             continue
-        a_RI, b_OR = (
-            _taken(stored, key, shape, weights).astype(np.float32) for key, shape in shapes.items()
-        )
+        a_RI, b_OR = (_taken(stored, key, shape, weights) for key, shape in shapes.items())
         pairs[name] = a_RI, _reordered(b_OR, name, config, names.to_interleaved)
     _refuse_rest(stored, weights)
+    _check_layers(told, pairs, path)
     if not pairs:
         raise CheckpointError(f"{weights}: expected adapters, found no tensor")
     return Adapters(pairs, scale)
@@ -137,17 +146,27 @@ def _rank_and_scale(told: Mapping[str, Any], path: Path) -> tuple[int, float]:
             f"{path}: init_lora_weights: expected adapters of an unchanged model, found "
             f"{initial!r}, which changes it (PEFT converts them when it saves)"
         )
-    rank: Any = told.get("r")
-    alpha: Any = told.get("lora_alpha")
+    return _scaled(told, path)
+
+
+def _scaled(told: Mapping[str, Any], path: Path) -> tuple[int, float]:
+    """R and alpha / R, or alpha / sqrt(R); JSON's numbers have no limits of their own."""
+    values: list[Any] = [told.get(key) for key in ("r", "lora_alpha", "use_rslora")]
+    rank, alpha, root = values
     if type(rank) is not int or rank < 1:
         raise CheckpointError(f"{path}: r: expected a whole number from 1 on, found {short(rank)}")
-    if type(alpha) not in (int, float) or not isfinite(alpha):
+    if rank > _MOST_RANK:
+        raise CheckpointError(f"{path}: r: expected at most {_MOST_RANK}, found {short(rank)}")
+    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+    if not number or not abs(alpha) <= _MOST_ALPHA:  # NaN is not, either
         raise CheckpointError(f"{path}: lora_alpha: expected a number, found {short(alpha)}")
-    return rank, alpha / (sqrt(rank) if told.get("use_rslora") else rank)
+    if not isinstance(root, (bool, type(None))):
+        raise CheckpointError(f"{path}: use_rslora: expected true or false, found {short(root)}")
+    return rank, alpha / (sqrt(rank) if root else rank)
 
 
 def _taken(stored: dict[str, Any], key: str, shape: tuple[int, int], path: Path) -> np.ndarray:
-    """Take a tensor out of those that are left."""
+    """Take a tensor out of those that are left, as float32."""
     if key not in stored:
         raise CheckpointError(f"{path}: tensor {key!r} is missing, its partner is there")
     found: np.ndarray = stored.pop(key)
@@ -155,7 +174,26 @@ def _taken(stored: dict[str, Any], key: str, shape: tuple[int, int], path: Path)
         raise CheckpointError(
             f"{path}: tensor {key!r}: expected shape {shape}, found {found.shape}"
         )
-    return found
+    taken = found.astype(np.float32)  # no dtype that is read here is wider
+    if not np.isfinite(taken).all():
+        raise CheckpointError(f"{path}: tensor {key!r}: expected finite numbers, found others")
+    return taken
+
+
+def _check_layers(told: Mapping[str, Any], pairs: Mapping[str, Any], path: Path) -> None:
+    """Where settings name layers, adapters of others are a contradiction: PEFT ignores them."""
+    chosen, pattern = told.get("layers_to_transform"), told.get("layers_pattern")
+    if pattern and "layers" not in (pattern if isinstance(pattern, list) else [pattern]):
+        raise CheckpointError(f"{path}: layers_pattern: expected layers, found {short(pattern)}")
+    if chosen is None or chosen == []:
+        return
+    layers = chosen if isinstance(chosen, list) else [chosen]
+    others = {int(name.split(".")[1]) for name in pairs} - {n for n in layers if type(n) is int}
+    if others:
+        raise CheckpointError(
+            f"{path}: layers_to_transform: expected all layers that have adapters, found "
+            f"{short(chosen)} without layer {min(others)}"
+        )
 
 
 def _refuse_rest(stored: Mapping[str, Any], path: Path) -> None:
@@ -172,8 +210,22 @@ def _refuse_rest(stored: Mapping[str, Any], path: Path) -> None:
 
 
 def merged(weights: Mapping[str, Any], adapters: Adapters) -> dict[str, Any]:
-    """The tensors with scale B A added, in float32, a few rows at a time as they are asked for."""
+    """The tensors with scale B A added, summed in float64 and rounded to float32.
+
+    A few rows are made at a time, as they are asked for; that raises InputError, naming the
+    tensor, where float32 cannot hold the sum.
+    """
     found = dict(weights)
     for name, (a_RI, b_OR) in adapters.pairs.items():
-        found[name] = Adapted(weights[name], a_RI, b_OR, adapters.scale)
+        sum_ = Adapted(weights[name], a_RI, b_OR, adapters.scale)
+        found[name] = Rows(sum_.shape, sum_.dtype, partial(_rows, sum_, name))
     return found
+
+
+def _rows(w: Adapted, name: str, start: int, stop: int) -> np.ndarray:
+    """Rows of the sum, all of them finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows = w[start:stop]
+    if not np.isfinite(rows).all():
+        raise InputError(f"tensor {name!r}: with its adapter, has numbers too large for float32")
+    return rows

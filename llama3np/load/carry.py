@@ -17,6 +17,7 @@ from llama3np.errors import InputError
 from llama3np.load import meta
 from llama3np.load.inspection import Inspection
 from llama3np.load.opened import Opened, eos_id
+from llama3np.sample import Sampling
 from llama3np.tokenizer import export
 
 # Files of a Hugging Face directory that say nothing of its weights.
@@ -95,7 +96,7 @@ def lost(before: Inspection, after: Inspection) -> list[str]:
     """
     found: dict[str, tuple[Any, Any]] = {
         "context length": (before.config.context_length, after.config.context_length),
-        "sampling": (tuple(before.sampling), tuple(after.sampling)),
+        "sampling": (_told(before.sampling), _told(after.sampling)),
     }
     if after.tokenizer is not None:
         kept = sorted(set(before.stop_ids) & set(after.stop_ids))
@@ -104,6 +105,11 @@ def lost(before: Inspection, after: Inspection) -> list[str]:
         found["chat template"] = (had, had and has)
     changed = {what: values for what, values in found.items() if values[0] != values[1]}
     return [f"the {what} is not kept: {was} became {now}" for what, (was, now) in changed.items()]
+
+
+def _told(sampling: Sampling) -> str:
+    """What files say of sampling; a seed is the user's."""
+    return ", ".join(f"{k} {v}" for k, v in sampling._asdict().items() if k != "seed")
 
 
 def _without(opened: Opened, why: str | None = None) -> list[str]:

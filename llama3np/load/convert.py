@@ -68,8 +68,8 @@ def convert(
     dtype: "f32", "f16", "bf16" or, for GGUF, "q8_0". shard_bytes: of each file, for Hugging Face;
     model_parallel: the number of files, for Meta. rope_factor: as in load_checkpoint.
     adapter: a directory of low-rank adapters in PEFT's layout, which are merged into the weights:
-    W + scale B A in float32, then in W's dtype, or that which is asked for; what was in GGUF's
-    blocks is float32.
+    W + scale B A, summed in float64 and kept in float32, then in the dtype that is asked for; in
+    W's own if none is, or float32 where W was in GGUF's blocks.
     progress(done_bytes, total_bytes, tensor_name) is told of what is written. `out` appears whole
     or not at all. Raises InputError for what load_checkpoint refuses, for a model or numbers that
     the target cannot hold, for options that do not fit it, and if there is something at `out`.
@@ -80,7 +80,7 @@ def convert(
         refuse_existing(out)
     opened = open_checkpoint(source, rope_factor)
     if adapter is not None:
-        opened = opened._replace(tensors=_merged(opened, Path(adapter)))
+        opened = opened._replace(tensors=_merged(opened, Path(adapter), order))
     notes = _write(opened, out, order, progress)
     from llama3np.load import inspect  # which imports this package's modules itself
 
@@ -138,9 +138,11 @@ def _tensors(opened: Opened, order: Order) -> tuple[Config, dict[str, Any]]:
     return config, tensors
 
 
-def _merged(opened: Opened, adapter: Path) -> dict[str, Any]:
-    """The tensors with adapters added, in the dtype they had."""
+def _merged(opened: Opened, adapter: Path, order: Order) -> dict[str, Any]:
+    """The tensors with adapters added: float32, or in the dtype they had if no other is wanted."""
     found = adapters.merged(opened.tensors, adapters.read(adapter, opened.config))
+    if order.dtype is not None:
+        return found  # cast once, to that dtype, when they are written
     changed = ((n, w) for n, w in opened.tensors.items() if found[n] is not w)
     casts = {n: _cast(found[n], w.dtype, n) for n, w in changed if not isinstance(w, Blocks)}
     return found | casts

@@ -24,7 +24,7 @@ def draw(metrics_path: Path, path: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError(f"{path.name}: the curve needs matplotlib: {INSTALL}") from None
+        raise InputError(f"the curve needs matplotlib: {INSTALL}") from None
     lines = metrics.read(metrics_path)
     figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)  # not pyplot: no window, no state that outlives this

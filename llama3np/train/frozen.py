@@ -11,7 +11,7 @@ from typing import Any
 
 from llama3np.backend import CPU, Device, on
 from llama3np.errors import CheckpointError
-from llama3np.load import load_checkpoint, names
+from llama3np.load import detect, load_checkpoint, meta, names
 from llama3np.params import Params
 from llama3np.train import durable
 from llama3np.train.checkpoint import Run
@@ -22,10 +22,19 @@ _WEIGHTS, _SIZES = (".safetensors", ".pth"), ("config.json", "params.json")
 
 
 def identity(path: Path) -> dict[str, Any]:
-    """Where a model is, and the SHA-256 of each file of weights and sizes."""
-    inside = sorted(path.iterdir()) if path.is_dir() else []
-    files = [f for f in inside if f.suffix in _WEIGHTS or f.name in _SIZES] or [path]
-    return {"path": str(path.resolve()), "files": {f.name: durable.sha256(f) for f in files}}
+    """Where a model is, and the SHA-256 of each file of weights and sizes.
+
+    Raises CheckpointError if there is no model, or a file cannot be read.
+    """
+    place = (meta.folder(path) if detect(path) == "meta" else None) or path
+    files = [path]
+    if place.is_dir():
+        files = [f for f in sorted(place.iterdir()) if f.suffix in _WEIGHTS or f.name in _SIZES]
+    try:
+        digests = {file.name: durable.sha256(file) for file in files}
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    return {"path": str(path.resolve()), "files": digests}
 
 
 def load(known: dict[str, Any]) -> Params:
