@@ -199,6 +199,7 @@ def test_ctrl_c_leaves_nothing(tiny, tmp_path, out):
         [sys.executable, "-c", code, *args, "--engine", "numpy", "--no-budgets"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    assert process.stderr.readline() == "3000 positions, of a model whose context is 64\n"
     assert process.stderr.readline() == f"{out}: 1 tap at 3000 of 3000 positions, 360 kB\n"
     time.sleep(0.3)  # amid its 3000 calls
     process.send_signal(signal.SIGINT)
