@@ -8,8 +8,8 @@ the operation was given, and returns d_ of that. Two rules are all it takes:
     x used twice      d_x is the sum of what both uses give
 
 The dimensions are model.py's; M is B * T rows, as in linear, and a matrix has O rows and I columns.
-The forward pass is model.py itself: what is needed of it are its taps. For derivatives of a norm, a
-softmax and products see Griewank & Walther 2008 (reverse mode); each is derived where it stands.
+The forward pass is model.py itself: what is needed of it are its taps. From the loss back to the
+first input is the reverse mode of Griewank & Walther 2008; each formula is derived where it stands.
 """
 
 from __future__ import annotations
